@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DownloadError",
     "FileFormatError",
     "LabelError",
     "MissingKeyError",
@@ -43,6 +44,10 @@ class NotTrainedError(ScpertError, RuntimeError):
 
 class FileFormatError(ScpertError, OSError):
     """A file is truncated, of another format, or of a newer version."""
+
+
+class DownloadError(ScpertError, OSError):
+    """A file cannot be downloaded, was cut off, or is not the one that was expected."""
 
 
 class UnknownTargetError(ScpertError, KeyError):
