@@ -1,0 +1,271 @@
+"""Mean shift of every perturbation and gene with Welch statistics, in one streaming pass over the cells."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .. import _keys as K
+from .._checks import check_obs_key, listing
+from .._progress import progress
+from ..data import Screen, parse
+from ..errors import ScpertError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["benjamini_hochberg", "perturbation_effects"]
+
+logger = logging.getLogger("scpert")
+
+
+def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
+    """Adjusted p-values over all finite entries of an array of any shape; NaN stays NaN."""
+    pvals = np.asarray(pvals, dtype=np.float64)
+    flat = pvals.ravel()
+    out = np.full(flat.shape, np.nan)
+    tested = np.flatnonzero(np.isfinite(flat))
+    if len(tested):
+        order = tested[np.argsort(flat[tested], kind="stable")]
+        scaled = flat[order] * len(order) / np.arange(1, len(order) + 1)
+        out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return out.reshape(pvals.shape)
+
+
+def strata_of(adata: AnnData, covariate_keys: str | Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Integer stratum of each cell ``(cell,)`` and the names of the strata; one stratum without covariates."""
+    keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
+    if not keys:
+        return np.zeros(adata.n_obs, dtype=np.int64), ["all"]
+    columns = [check_obs_key(adata, key, "covariate_keys") for key in keys]
+    for key, column in zip(keys, columns, strict=True):
+        if column.isna().any():
+            raise ScpertError(
+                f"The covariate adata.obs[{key!r}] is NaN in {int(column.isna().sum())} cells. "
+                "Give every cell a value or drop these cells."
+            )
+    joined = pd.Series(list(zip(*(c.astype(str) for c in columns), strict=True)))
+    codes, names = pd.factorize(joined, sort=True)
+    return codes.astype(np.int64), [" / ".join(n) for n in names]
+
+
+def perturbation_effects(
+    adata: AnnData,
+    *,
+    perturbation_key: str = K.PERTURBATION,
+    control: str = K.CONTROL,
+    layer: str | None = None,
+    scale: str = K.SCALE_AUTO,
+    library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
+) -> AnnData:
+    r"""Effect of each perturbation on each gene against the control cells, with Welch statistics.
+
+    One pass over the matrix, which may be sparse, dense, backed or dask, and is never densified; beside a
+    block of 4,096 cells only the sums per group are kept (two float64 arrays ``(group, gene)``).
+
+    With :math:`m, v, n` the mean, variance and number of cells of perturbation :math:`p` or of the controls
+    :math:`c`,
+
+    .. math:: d_{pg} = m_{pg} - m_{cg}, \quad s^2_{pg} = v_{pg}/n_p + v_{cg}/n_c, \quad z_{pg} = d_{pg}/s_{pg},
+
+    and the two-sided p-value is that of Student's t with Welch's degrees of freedom
+    (`scipy.stats.ttest_ind(equal_var=False)`). With ``covariate_keys`` each cell is compared with the
+    controls of its own stratum: :math:`d_{pg} = \sum_s w_{ps} (m_{psg} - m_{csg})` with
+    :math:`w_{ps} = n_{ps}/n_p`, the variance of the perturbed cells pooled within strata, and
+    :math:`s^2_{pg} = v_{pg}/n_p + \sum_s w_{ps}^2 v_{csg}/n_{cs}`.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes, with labels in the standard form. It is not changed.
+    perturbation_key, control
+        Column of the labels and the label of the control cells.
+    layer, scale
+        Where the values are and what they are (``"counts"``, ``"log1p"``, ``"effects"``, ``"auto"``). For
+        ``"effects"`` (rows are perturbations, already relative to control) nothing is subtracted, rows of one
+        label are averaged, and the standard error is the spread of the gene over all perturbations,
+        1.4826 times its median absolute value (its root mean square where that is zero), over the square
+        root of the number of rows; p-values are then normal.
+    library_size_key
+        Column with the full library size, for small panels.
+    covariate_keys
+        Columns (batch, donor, cell line ...) within which cells are compared.
+
+    Returns
+    -------
+    AnnData, perturbation x gene
+        ``X`` mean shift, log1p CP10k; layers ``std_error``, ``zscore``, ``pvals``, ``pvals_adj``
+        (Benjamini-Hochberg over the whole screen: all perturbations and genes at once); obs ``perturbation``,
+        ``n_cells``, ``on_target`` (shift of the target itself, mean over targets, NaN if not measured),
+        ``n_significant`` (genes with ``pvals_adj`` at most 0.05); var ``control_mean``; ``uns["effects"]``
+        says how they were made. A perturbation with one cell has a shift but NaN statistics (a log line says
+        so), as has a gene that is constant in both groups at different values.
+
+    Raises
+    ------
+    MissingKeyError
+        If a column or layer is missing.
+    LabelError
+        If labels are NaN, not in the standard form, or no cell is a control.
+    ScaleError
+        If the values are not on the scale said, or NaN.
+    ScpertError
+        If a stratum with perturbed cells has fewer than two control cells.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> effects = scpert.tl.perturbation_effects(adata)
+    >>> effects.shape[1]
+    40
+    """
+    from anndata import AnnData
+    from scipy import stats
+
+    screen = Screen(
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        layer=layer,
+        scale=scale,
+        library_size_key=library_size_key,
+        allowed=K.SCALES,
+    )
+    perturbations = screen.perturbations
+    if not perturbations:
+        raise ScpertError(
+            f"All {screen.n_cells} cells are labelled {control!r}: there is no perturbation to measure. "
+            f"Is {perturbation_key!r} the right column (perturbation_key=)?"
+        )
+    if screen.scale == K.SCALE_EFFECTS:
+        shift, error, n, control_mean = _effects_of_table(screen, perturbations)
+        freedom = np.inf
+    else:
+        shift, error, freedom, n, control_mean = _effects_of_cells(screen, perturbations, adata, covariate_keys)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zscore = shift / error
+    constant = error == 0
+    zscore[constant] = np.where(shift[constant] == 0, 0.0, np.nan)
+    pvals = 2.0 * (stats.norm.sf(np.abs(zscore)) if np.isscalar(freedom) else stats.t.sf(np.abs(zscore), freedom))
+    pvals[constant & (shift == 0)] = 1.0
+
+    undefined = [p for p, bad in zip(perturbations, ~np.isfinite(zscore).any(axis=1), strict=True) if bad]
+    if undefined:
+        logger.warning(
+            "%d perturbation(s) have no statistics (fewer than two cells, or fewer than two controls): %s.",
+            len(undefined),
+            listing(undefined),
+        )
+    adjusted = benjamini_hochberg(pvals)
+    position = {g: i for i, g in enumerate(screen.genes)}
+    on_target = np.full(len(perturbations), np.nan)
+    for row, label in enumerate(perturbations):
+        own = [position[t] for t in parse(label, control) if t in position]
+        if own:
+            on_target[row] = shift[row, own].mean()
+    obs = pd.DataFrame(
+        {
+            K.PERTURBATION: np.asarray(perturbations, dtype=object),
+            K.N_CELLS: n,
+            "on_target": on_target,
+            "n_significant": (np.nan_to_num(adjusted, nan=1.0) <= 0.05).sum(axis=1),
+        },
+        index=pd.Index(np.asarray(perturbations, dtype=object)),
+    )
+    out = AnnData(X=shift, obs=obs, var=pd.DataFrame(index=screen.genes.copy()))
+    out.layers[K.STD_ERROR] = error
+    out.layers[K.ZSCORE] = zscore
+    out.layers[K.PVALS] = pvals
+    out.layers[K.PVALS_ADJ] = adjusted
+    out.var["control_mean"] = control_mean
+    keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
+    out.uns["effects"] = {
+        "statistic": "spread over perturbations" if screen.scale == K.SCALE_EFFECTS else "welch",
+        "correction": "benjamini-hochberg over all perturbations and genes",
+        "perturbation_key": perturbation_key,
+        "control": control,
+        "scale": screen.scale,
+        "layer": screen.layer or "X",
+        "library_size_key": library_size_key or "",
+        "covariate_keys": np.asarray(keys, dtype=object).astype(str),
+        "n_control": int(screen.is_control.sum()),
+    }
+    return out
+
+
+def _effects_of_table(
+    screen: Screen, perturbations: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    moments = screen.moments(mask=~screen.is_control)
+    order = pd.Index(moments.groups).get_indexer(pd.Index(perturbations))
+    shift, n = moments.mean[order], moments.n[order]
+    error = table_spread(shift)[None, :] / np.sqrt(n)[:, None]
+    return shift, error, n, np.zeros(shift.shape[1])
+
+
+def table_spread(shift: np.ndarray) -> np.ndarray:
+    """Spread of each gene about zero over the perturbations ``(gene,)``: most of them do not touch a gene."""
+    spread = 1.4826 * np.median(np.abs(shift), axis=0)
+    return np.where(spread > 0, spread, np.sqrt(np.mean(shift**2, axis=0)))
+
+
+def _effects_of_cells(
+    screen: Screen, perturbations: list[str], adata: AnnData, covariate_keys: str | Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    strata, names = strata_of(adata, covariate_keys)
+    labels = [screen.control, *perturbations]
+    code = pd.Index(labels).get_indexer(pd.Index(screen.labels))
+    size = np.zeros((len(labels), len(names)), dtype=np.int64)
+    np.add.at(size, (code, strata), 1)
+    needed = size[1:].sum(axis=0) > 0
+    if len(names) > 1 and (needed & (size[0] < 2)).any():
+        short = [names[s] for s in np.flatnonzero(needed & (size[0] < 2))]
+        raise ScpertError(
+            f"{len(short)} stratum/strata of covariate_keys have perturbed cells but fewer than two control cells: "
+            f"{listing(short, 5)}. Drop these cells, merge strata, or leave the covariate out."
+        )
+    total = screen.n_cells // 4096 + 1
+    moments = screen.moments(
+        code * len(names) + strata, progress=lambda x: progress(x, total=total, description="effects", unit="block")
+    )
+    group = {int(g): i for i, g in enumerate(moments.groups)}
+
+    def rows(label: int) -> tuple[np.ndarray, list[int]]:
+        present = np.flatnonzero(size[label])
+        return present, [group[label * len(names) + int(s)] for s in present]
+
+    n_genes = len(screen.genes)
+    shift = np.empty((len(perturbations), n_genes))
+    error, freedom = np.empty_like(shift), np.empty_like(shift)
+    control_row = np.full(len(names), -1)
+    present, index = rows(0)
+    control_row[present] = index
+    share = size[0] / max(size[0].sum(), 1)
+    control_mean = share[present] @ moments.mean[index]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        control_var = moments.var / moments.n[:, None]
+        for p in range(1, len(labels)):
+            present, index = rows(p)
+            own, n = moments.n[index], size[p].sum()
+            weight = own / n
+            c = control_row[present]
+            shift[p - 1] = weight @ (moments.mean[index] - moments.mean[c])
+            dof = int((own - 1).sum())
+            many = own > 1
+            if dof > 0:
+                pooled = ((own[many] - 1)[:, None] * moments.var[np.asarray(index)[many]]).sum(axis=0) / dof / n
+            else:
+                pooled = np.full(n_genes, np.nan)
+            parts = weight[:, None] ** 2 * control_var[c]
+            variance = pooled + parts.sum(axis=0)
+            error[p - 1] = np.sqrt(variance)
+            spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + (pooled**2 / dof if dof > 0 else np.nan)
+            freedom[p - 1] = variance**2 / spread
+    return shift, error, freedom, size[1:].sum(axis=1), control_mean
