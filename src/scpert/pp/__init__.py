@@ -1,1 +1,20 @@
-"""To come."""
+"""Before a model: labels, audit, quality, filters, genes, splits, matched controls, nets from the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._labels import annotate_perturbations
+from ._split import split
+
+__all__ = ["annotate_perturbations", "coexpression_net", "pathway_mask", "similarity_net", "split"]
+
+_NETS = ("coexpression_net", "pathway_mask", "similarity_net")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NETS:
+        from . import _nets
+
+        return getattr(_nets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
