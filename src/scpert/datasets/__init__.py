@@ -1,1 +1,5 @@
-"""To come."""
+"""Simulated screens with a known truth, and public screens in the standard form."""
+
+from ._simulated import simulated
+
+__all__ = ["simulated"]

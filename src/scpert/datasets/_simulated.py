@@ -1,0 +1,290 @@
+"""Simulated screens with a known truth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from .. import _keys as K
+from .._checks import check_choice, check_fraction, check_positive
+from .._progress import progress
+from ..data import _simulate as sim
+from ..data._perturbation import join
+from ..errors import ScpertError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["simulated"]
+
+#: Level at which a target is held, relative to control.
+_TARGET_LEVEL = {"knockdown": 0.22, "knockout": 0.02, "activation": 7.5}
+
+#: Coefficients of the two single effects in the effect of a combination.
+_CLASSES = {"additive": (1.0, 1.0), "synergistic": (1.6, 1.6), "suppressive": (0.4, 0.4), "epistatic": (1.0, 0.0)}
+
+_MITO = "ND1 ND2 CO1 CO2 ATP8 ATP6 CO3 ND3 ND4L ND4 ND5 ND6 CYB".split()
+
+
+class _Platform(NamedTuple):
+    centre: float  # of the log mean counts of genes
+    spread: float
+    ceiling: float
+    library_sd: float  # of the log size of cells
+    dispersion: float
+
+
+_PLATFORMS = {
+    "selected": _Platform(-0.5, 1.7, 4.6, 0.45, 0.45),
+    "transcriptome": _Platform(-8.8, 4.4, 3.8, 0.41, 0.6),
+    "targeted": _Platform(0.3, 2.37, 6.0, 0.57, 0.38),
+}
+
+
+def simulated(
+    n_cells: int = 3000,
+    n_genes: int = 500,
+    n_targets: int | None = None,
+    n_combinations: int | None = None,
+    random_state: int = 0,
+    *,
+    mode: str = "knockdown",
+    platform: str = "selected",
+    effect_size: float = 1.0,
+    target_level: float | None = None,
+    penetrance: float = 0.9,
+    control_fraction: float = 0.15,
+    cells_per_perturbation: int | None = None,
+    n_regulators: int | None = None,
+    mean_out_degree: float | None = None,
+    degree_exponent: float = 2.5,
+    strength: float = 0.4,
+    activators: float = 0.7,
+    depth: int = 3,
+    cycles: bool = False,
+    max_radius: float = 0.8,
+    saturation: float | None = None,
+    n_modules: int | None = None,
+    module_share: float = 0.6,
+    noise: float = 0.3,
+    library_size: float | None = None,
+    dispersion: float | None = None,
+    quality_fail: float = 0.02,
+    n_batches: int = 2,
+    n_donors: int = 2,
+    batch_sd: float = 0.1,
+) -> AnnData:
+    """Simulate a screen whose network, effects and interactions are known."""
+    import anndata as ad
+
+    rng = np.random.default_rng(random_state)
+    mode = check_choice("mode", mode, tuple(_TARGET_LEVEL))
+    kind = _PLATFORMS[check_choice("platform", platform, tuple(_PLATFORMS))]
+    for name, share in (
+        ("penetrance", penetrance),
+        ("control_fraction", control_fraction),
+        ("activators", activators),
+        ("module_share", module_share),
+        ("quality_fail", quality_fail),
+    ):
+        check_fraction(name, share)
+    for name, number in (
+        ("effect_size", effect_size),
+        ("strength", strength),
+        ("noise", noise),
+        ("batch_sd", batch_sd),
+    ):
+        check_positive(name, number, zero=True)
+    n_genes = _integer("n_genes", n_genes, 2)
+    n_targets = min(20, max(1, n_genes // 2)) if n_targets is None else _integer("n_targets", n_targets, 1)
+    if n_targets > n_genes:
+        raise ScpertError(f"n_targets={n_targets} is more than n_genes={n_genes}: each target is a gene.")
+    n_pairs = n_targets * (n_targets - 1) // 2
+    n_combinations = min(8, n_pairs) if n_combinations is None else _integer("n_combinations", n_combinations, 0)
+    if n_combinations > n_pairs:
+        raise ScpertError(f"n_combinations={n_combinations}: {n_targets} targets make only {n_pairs} pairs.")
+    n_perturbations = n_targets + n_combinations
+    if cells_per_perturbation is not None:
+        perturbed_cells = _integer("cells_per_perturbation", cells_per_perturbation, 1) * n_perturbations
+        if control_fraction >= 1:
+            raise ScpertError("control_fraction=1 leaves no perturbed cells: give less than 1.")
+        n_cells = perturbed_cells + max(1, round(perturbed_cells * control_fraction / (1 - control_fraction)))
+    n_cells = _integer("n_cells", n_cells, 1)
+    if n_cells < n_perturbations + 1:
+        raise ScpertError(
+            f"n_cells={n_cells} is too few for {n_targets} targets, {n_combinations} combinations and the control: "
+            f"give at least {n_perturbations + 1}."
+        )
+    level = _TARGET_LEVEL[mode] if target_level is None else check_positive("target_level", target_level)
+    if (level > 1) != (mode == "activation") or level == 1:
+        raise ScpertError(
+            f"target_level={level!r} does not fit mode={mode!r}: it is the expression of a target relative to control, "
+            "below 1 for knockdown and knockout and above 1 for activation."
+        )
+    depth = _integer("depth", depth, 1)
+    n_batches, n_donors = _integer("n_batches", n_batches, 1), _integer("n_donors", n_donors, 1)
+    if not degree_exponent > 2:
+        raise ScpertError(f"degree_exponent={degree_exponent!r}: give a number above 2 (else there is no mean degree).")
+    if not 0 < max_radius < 1:
+        raise ScpertError(f"max_radius={max_radius!r}: give a number between 0 and 1 (else there is no steady state).")
+    if saturation is not None:
+        check_positive("saturation", saturation)
+
+    # genes: mitochondrial ones last, outside the network
+    n_mito = min(len(_MITO), n_genes // 50, n_genes - n_targets)
+    n_free = n_genes - n_mito
+    if n_regulators is None:
+        n_regulators = max(1, min(n_free // 2, max(n_targets, n_free // 10)))
+    elif not 1 <= _integer("n_regulators", n_regulators, 1) <= n_free:
+        raise ScpertError(
+            f"n_regulators={n_regulators}: give at most {n_free} here (mitochondrial genes do not regulate)."
+        )
+    if n_modules is None:
+        n_modules = n_regulators // 5 if n_regulators >= 10 else 0
+    n_modules = min(_integer("n_modules", n_modules, 0), n_regulators)
+    if mean_out_degree is None:
+        mean_out_degree = max(3.0, 0.05 * n_genes)
+    check_positive("mean_out_degree", mean_out_degree)
+    width = len(str(n_genes))
+    genes = np.array(
+        [f"G{i + 1:0{width}d}" for i in range(n_free)] + [f"MT-{name}" for name in _MITO[:n_mito]], dtype=object
+    )
+
+    log_mean = np.empty(n_genes)
+    log_mean[:n_free] = sim.gene_log_means(n_free, kind.centre, kind.spread, kind.ceiling, rng)
+    if n_mito:  # 5 % of the counts of a good cell
+        log_mean[n_free:] = np.log(0.05 / 0.95 * np.exp(log_mean[:n_free]).sum() / n_mito) + rng.normal(0, 0.5, n_mito)
+    if library_size is not None:
+        log_mean += np.log(check_positive("library_size", library_size) / np.exp(log_mean).sum())
+    # regulators are expressed: from the upper half, but not the very highest, where there is a choice
+    order = np.argsort(-log_mean[:n_free], kind="stable")
+    first = min(n_free // 20, n_free - n_regulators)
+    pool = order[first : max(first + n_regulators, n_free // 2)]
+    regulators = rng.permutation(rng.choice(pool, n_regulators, replace=False))
+    others = np.setdiff1d(np.arange(n_free), regulators)
+    network = sim.random_network(
+        regulators,
+        others,
+        mean_out_degree=mean_out_degree,
+        exponent=degree_exponent,
+        strength=strength,
+        activators=activators,
+        depth=min(depth, n_regulators),
+        cycles=cycles,
+        max_radius=max_radius,
+        n_modules=n_modules,
+        module_share=module_share,
+        rng=rng,
+    )
+    matrix = network.matrix
+    matrix.resize((n_genes, n_genes))
+
+    # perturbations
+    from_regulators = rng.permutation(regulators)[:n_targets]
+    extra = rng.permutation(others)[: n_targets - len(from_regulators)]
+    targets = np.sort(np.concatenate([from_regulators, extra]))
+    own = np.log(level) * rng.lognormal(0.0, 0.15, n_targets)
+    singles = sim.total_effects(matrix, targets[:, None], own[:, None], saturation=saturation)
+    pairs, classes, coefficients = _combinations(np.isin(targets, regulators), n_combinations, rng)
+    combined = coefficients[:, :1] * singles[pairs[:, 0]] + coefficients[:, 1:] * singles[pairs[:, 1]]
+    here = np.arange(n_combinations)
+    for side in (0, 1):
+        combined[here, targets[pairs[:, side]]] = own[pairs[:, side]]
+    effects = effect_size * np.concatenate([np.zeros((1, n_genes)), singles, combined])
+    codes = np.full((n_perturbations + 1, 2 if n_combinations else 1), -1)
+    codes[1 : n_targets + 1, 0] = targets
+    if n_combinations:
+        codes[n_targets + 1 :] = targets[pairs]
+    labels = np.array([join(genes[c[c >= 0]]) for c in codes], dtype=object)
+
+    # cells
+    n_control = min(max(1, round(control_fraction * n_cells)), n_cells - n_perturbations)
+    state = np.concatenate([np.zeros(n_control, dtype=int), np.arange(n_cells - n_control) % n_perturbations + 1])
+    state = rng.permutation(state)
+    perturbed = (state > 0) & (rng.random(n_cells) < penetrance)
+    failed = rng.random(n_cells) < quality_fail
+    batch, donor = rng.integers(n_batches, size=n_cells), rng.integers(n_donors, size=n_cells)
+    size = rng.lognormal(-0.5 * kind.library_sd**2, kind.library_sd, n_cells)
+    size[failed] *= rng.uniform(0.1, 0.3, int(failed.sum()))
+    mito = np.zeros((2, n_genes))
+    mito[1, n_free:] = np.log(6.0)
+    batch_effects = [
+        (rng.normal(0.0, batch_sd, (n_batches, n_genes)), batch),
+        (rng.normal(0.0, batch_sd, (n_donors, n_genes)), donor),
+        (mito, failed.astype(int)),
+    ]
+    response, noisy = sim.noise_response(network, noise)
+    spread = kind.dispersion if dispersion is None else check_positive("dispersion", dispersion)
+    model = sim.CountModel(log_mean, spread * rng.lognormal(0.0, 0.25, n_genes), response, noisy, noise)
+    blocks = sim.sample_counts(model, effects, codes, np.where(perturbed, state, 0), size, batch_effects, rng)
+    chunk = sim.chunk_rows(n_genes)
+    blocks = progress(blocks, total=-(-n_cells // chunk), description="simulate", unit="chunk")
+    X = sim.stack(blocks, (n_cells, n_genes))
+
+    obs = pd.DataFrame(
+        {
+            K.PERTURBATION: pd.Categorical.from_codes(state, list(labels)),
+            "perturbed": perturbed,
+            "batch": pd.Categorical.from_codes(batch, [f"batch{i + 1}" for i in range(n_batches)]),
+            "donor": pd.Categorical.from_codes(donor, [f"donor{i + 1}" for i in range(n_donors)]),
+            "quality_fail_truth": failed,
+        },
+        index=[f"cell{i + 1}" for i in range(n_cells)],
+    )
+    var = pd.DataFrame(
+        {
+            "regulator": np.isin(np.arange(n_genes), regulators),
+            "target": np.isin(np.arange(n_genes), targets),
+            "mean": np.exp(log_mean),
+            "dispersion": model.dispersion,
+        },
+        index=genes,
+    )
+    coo = matrix.tocoo()
+    row, column = np.nonzero(effects)
+    module = np.concatenate([network.module, np.full(n_mito, -1)])
+    member = np.flatnonzero(module >= 0)
+    truth = {
+        "net": pd.DataFrame({K.SOURCE: genes[coo.row], K.TARGET: genes[coo.col], K.WEIGHT: coo.data}),
+        "effects": pd.DataFrame({K.SOURCE: labels[row], K.TARGET: genes[column], K.WEIGHT: effects[row, column]}),
+        "interactions": pd.DataFrame(
+            {
+                "perturbation": labels[n_targets + 1 :],
+                "first": genes[targets[pairs[:, 0]]],
+                "second": genes[targets[pairs[:, 1]]],
+                "class": classes,
+                "c1": coefficients[:, 0],
+                "c2": coefficients[:, 1],
+            }
+        ),
+        "annotations": pd.DataFrame({"gene": genes[member], "term": [f"module{m + 1}" for m in module[member]]}),
+        "parameters": {
+            "mode": mode,
+            "platform": platform,
+            "effect_size": float(effect_size),
+            "penetrance": float(penetrance),
+            "strength": float(strength),
+            "depth": int(depth),
+            "random_state": int(random_state),
+        },
+    }
+    return ad.AnnData(X, obs=obs, var=var, uns={K.TRUTH: truth})
+
+
+def _integer(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not np.isscalar(value) or value != int(value) or value < least:
+        raise ScpertError(f"{name}={value!r}: give an integer of at least {least}.")
+    return int(value)
+
+
+def _combinations(regulates: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of targets ``(n, 2)``, their classes and coefficients; pairs of regulators first."""
+    first, second = np.triu_indices(len(regulates), 1)
+    both = regulates[first] & regulates[second]
+    order = np.argsort(~both + rng.random(len(first)) * 0.5, kind="stable")[:n] if n else np.zeros(0, dtype=int)
+    pairs = np.stack([first[order], second[order]], axis=1)
+    names = np.array([list(_CLASSES)[i % len(_CLASSES)] for i in range(n)], dtype=object)
+    coefficients = np.array([_CLASSES[name] for name in names], dtype=float).reshape(n, 2)
+    return pairs, names, coefficients
