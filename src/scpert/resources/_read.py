@@ -1,0 +1,220 @@
+"""Readers of annotation, gene-set and table files: plain, gzip or zip, any line ends, tabs only."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .._checks import listing
+from ..errors import FileFormatError, ScpertError
+from ._fetch import provenance as _record
+
+__all__ = [
+    "ancestors",
+    "check_acyclic",
+    "column",
+    "local_file",
+    "open_text",
+    "provenance",
+    "read_gmt",
+    "read_table",
+    "taxon",
+]
+
+#: NCBI taxonomy identifiers of the organisms that may be named.
+TAXA = {"human": "9606", "mouse": "10090", "rat": "10116", "yeast": "559292", "zebrafish": "7955", "fly": "7227"}
+
+
+def taxon(organism: str | int) -> str:
+    """NCBI taxonomy identifier, as text, of an organism named in :data:`TAXA` or given as a number."""
+    name = str(organism).strip().casefold()
+    if name in TAXA:
+        return TAXA[name]
+    if name.isdigit():
+        return name
+    raise ScpertError(
+        f"organism={organism!r} is not known. Choose one of {listing(TAXA)}, or give the NCBI taxonomy identifier."
+    )
+
+
+def local_file(path: Any, argument: str) -> Path:
+    """Return ``path`` as an existing, non-empty file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        beside = (
+            listing(sorted(p.name for p in path.parent.iterdir() if p.is_file()), 5) if path.parent.is_dir() else ""
+        )
+        there = f" Its folder has {beside}." if beside else ""
+        raise FileFormatError(f"{argument}={str(path)!r} is not a file.{there} Give the path of a downloaded file.")
+    if path.stat().st_size == 0:
+        raise FileFormatError(f"{argument}={str(path)!r} is empty. Download it again.")
+    return path
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[Iterable[str]]:
+    """Open a text file that may be gzip or zip (told by its first bytes); a damaged one raises FileFormatError."""
+    try:
+        with open(path, "rb") as raw:
+            magic = raw.read(4)
+            raw.seek(0)
+            binary: Any = raw
+            if magic[:2] == b"\x1f\x8b":
+                binary = gzip.GzipFile(fileobj=raw)
+            elif magic == b"PK\x03\x04":
+                archive = zipfile.ZipFile(raw)
+                inside = [n for n in archive.namelist() if not n.endswith("/")]
+                if len(inside) != 1:
+                    raise FileFormatError(
+                        f"{path} holds {len(inside)} files ({listing(inside, 5)}): unpack the one wanted."
+                    )
+                binary = archive.open(inside[0])
+            yield io.TextIOWrapper(io.BufferedReader(binary), encoding="utf-8-sig", newline=None)
+    except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile) as err:
+        raise FileFormatError(f"{path} is truncated or damaged ({err}). Download it again.") from err
+    except UnicodeDecodeError as err:
+        raise FileFormatError(
+            f"{path} is no UTF-8 text ({err}). Is it an annotation file, plain, gzip or zip?"
+        ) from err
+
+
+def provenance(path: Path, licence: str, **more: Any) -> dict[Any, Any]:
+    """What ``.attrs`` records: source (address or path), date (of the download, or of the file), licence, SHA-256."""
+    record = _record(path)
+    changed = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+    return {
+        "source": record.get("url", str(path)),
+        "date": record.get("date", changed),
+        "licence": licence,
+        "sha256": record["sha256"],
+        **more,
+    }
+
+
+def read_table(path: Path, *, comment: str | None = None) -> pd.DataFrame:
+    """A table with a header: tab, comma or space separated (told by the header), all text, stripped; or parquet."""
+    if path.suffix in (".parquet", ".pq"):
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as err:
+            raise FileFormatError(f"{path} is no readable parquet file ({err}). Download it again.") from err
+        return table.astype(str)
+    with open_text(path) as lines:
+        header = ""
+        for line in lines:
+            if line.strip() and not (comment and line.startswith(comment)):
+                header = line.rstrip("\n")
+                break
+        separator = "\t" if "\t" in header else "," if "," in header else r"\s+"
+        names = [n.strip().strip('"').lstrip("#").strip() for n in re.split(separator, header.strip(" "))]
+        try:
+            table = pd.read_csv(  # type: ignore[call-overload]
+                lines,
+                sep=separator,
+                names=names,
+                header=None,
+                dtype=str,
+                keep_default_na=False,
+                quoting=3 if separator == "\t" else 0,
+                engine="c",
+                index_col=False,
+            )
+        except (pd.errors.ParserError, pd.errors.EmptyDataError) as err:
+            raise FileFormatError(f"{path} is no table with one header line: {err}") from err
+    if table.isna().to_numpy().any():
+        row = int(table.isna().any(axis=1).to_numpy().argmax()) + 2
+        raise FileFormatError(f"{path}: row {row} has fewer than {len(names)} columns. Is the file truncated?")
+    for name in table.columns:
+        table[name] = table[name].astype(str).str.strip()
+    return table
+
+
+def column(table: pd.DataFrame, names: Sequence[str], what: str, where: Any) -> str:
+    """The column of a table that bears one of ``names``, whatever its case."""
+    by_name = {str(c).strip().casefold(): c for c in table.columns}
+    for name in names:
+        if name.casefold() in by_name:
+            return by_name[name.casefold()]
+    raise FileFormatError(
+        f"{where} has no column for the {what}: it has {listing(table.columns, 15)}; known names are {listing(names)}. "
+        "Rename the column."
+    )
+
+
+def read_gmt(path: Path) -> list[tuple[str, str, list[str]]]:
+    """Gene sets of a GMT file: ``(name, description, genes)`` for each line, split at tabs only.
+
+    Names and descriptions may hold spaces; genes are stripped, empty ones and repeats dropped.
+    """
+    sets = []
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields = [f.strip() for f in line.rstrip("\n").split("\t")]
+            if len(fields) < 3 or not fields[0]:
+                raise FileFormatError(
+                    f"{path}: line {number} has {len(fields)} tab-separated field(s); a GMT line has a name, a "
+                    "description and genes, separated by tabs. Is the file truncated or separated by spaces?"
+                )
+            sets.append((fields[0], fields[1], list(dict.fromkeys(g for g in fields[2:] if g))))
+    if not sets:
+        raise FileFormatError(f"{path} holds no gene set.")
+    return sets
+
+
+def check_acyclic(parents: dict[str, set[str]], where: Any) -> list[str]:
+    """Order in which every parent comes before its children; a cycle raises and is named.
+
+    Parameters
+    ----------
+    parents
+        Parents by child.
+    where
+        Name of the file or table, for the message.
+    """
+    nodes = set(parents) | {p for ps in parents.values() for p in ps}
+    children: dict[str, list[str]] = {n: [] for n in nodes}
+    waiting = dict.fromkeys(nodes, 0)
+    for child, its_parents in parents.items():
+        waiting[child] = len(its_parents)
+        for parent in its_parents:
+            children[parent].append(child)
+    ready = sorted(n for n in nodes if waiting[n] == 0)
+    order: list[str] = []
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for child in children[node]:
+            waiting[child] -= 1
+            if waiting[child] == 0:
+                ready.append(child)
+    if len(order) == len(nodes):
+        return order
+    left = nodes - set(order)
+    node = min(left)
+    walk: list[str] = []
+    while node not in walk:  # every node that is left has a parent that is left
+        walk.append(node)
+        node = min(p for p in parents[node] if p in left)
+    loop = [*walk[walk.index(node) :], node]
+    raise FileFormatError(f"The hierarchy {where} has a cycle: {' -> '.join(loop[:12])}. Remove one of these edges.")
+
+
+def ancestors(parents: dict[str, set[str]], where: Any) -> dict[str, set[str]]:
+    """All ancestors of every node of a hierarchy without cycles."""
+    out: dict[str, set[str]] = {}
+    for node in check_acyclic(parents, where):
+        above = set(parents.get(node, ()))
+        out[node] = above.union(*(out[p] for p in above))
+    return out
