@@ -1,1 +1,20 @@
-"""To come."""
+"""Compare predictions with real cells: trusted metrics, the noise ceiling, calibrated scores."""
+
+from . import _profile, _retrieval  # noqa: F401 - they fill METRICS
+from ._evaluate import evaluate
+from ._pair import Reference
+from ._registry import METRICS, Metric
+from ._summary import ceiling, compare, dynamic_range, pseudobulk, summarise, training_mean
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Reference",
+    "ceiling",
+    "compare",
+    "dynamic_range",
+    "evaluate",
+    "pseudobulk",
+    "summarise",
+    "training_mean",
+]

@@ -1,0 +1,461 @@
+"""What is compared: a :class:`Reference` (real cells, training data) and a :class:`Pair` of it with one prediction.
+
+Both are checked once; every metric takes the pair and trusts it. Rows and genes are matched by name, matrices are read
+in chunks and never made dense as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from scipy import sparse
+
+from .. import _keys as K
+from .._checks import check_choice, check_obs_key, check_unique_names, listing
+from ..data import Screen, check_labels, iter_rows, parse, read_rows, scale_evidence
+from ..errors import LabelError, ScaleError, ScpertError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Pair", "Reference"]
+
+logger = logging.getLogger("scpert")
+
+#: Root mean square (log1p units) under which a shift counts as constant: rounding, not prediction.
+FLAT = 1e-6
+
+
+def _group_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
+    names, codes = np.unique(labels.astype(str), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
+    return {str(name): rows for name, rows in zip(names, parts, strict=True)}
+
+
+def group_means(X: Any, codes: np.ndarray, n_groups: int) -> np.ndarray:
+    """Mean of the rows of each group ``(group, gene)``, one pass; NaN in a row makes its group's mean NaN."""
+    total = np.zeros((n_groups, X.shape[1]))
+    for start, block in iter_rows(X):
+        rows = codes[start : start + block.shape[0]]
+        keep = np.flatnonzero(rows >= 0)
+        member = sparse.csr_matrix((np.ones(len(keep)), (rows[keep], keep)), shape=(n_groups, block.shape[0]))
+        total += (member @ block).toarray()
+    n = np.bincount(codes[codes >= 0], minlength=n_groups)
+    return total / np.maximum(n, 1)[:, None]
+
+
+class Reference:
+    """Real cells to compare predictions with, and the training data that baselines and references come from.
+
+    Pass it to :func:`evaluate` in place of ``observed`` when many predictions meet the same cells: means, tests and
+    principal components are then computed once.
+
+    Parameters
+    ----------
+    observed
+        Real cells with control cells (counts or log1p CP10k), or a table of effects (``scale="effects"``: one row per
+        perturbation, already relative to control; a control row must be zero).
+    train
+        Training cells (or effects): origin of the perturbed centroid, of the training mean and of the components.
+    perturbation_key, control, layer, scale, library_size_key
+        As everywhere; they hold for ``observed`` and ``train``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> reference = scpert.metrics.Reference(adata)
+    >>> reference.mean.shape
+    (5, 40)
+    """
+
+    def __init__(
+        self,
+        observed: AnnData,
+        train: AnnData | None = None,
+        *,
+        perturbation_key: str = K.PERTURBATION,
+        control: str = K.CONTROL,
+        layer: str | None = None,
+        scale: str = K.SCALE_AUTO,
+        library_size_key: str | None = None,
+    ):
+        options: dict[str, Any] = {
+            "perturbation_key": perturbation_key,
+            "control": control,
+            "layer": layer,
+            "scale": scale,
+            "library_size_key": library_size_key,
+            "allowed": K.SCALES,
+        }
+        self.perturbation_key, self.control = perturbation_key, control
+        self.screen = Screen(observed, **options)
+        self.scale = self.screen.scale
+        if self.scale == K.SCALE_EFFECTS and scale == K.SCALE_AUTO and self.screen.is_control.sum() > 1:
+            raise ScaleError(
+                f"{self.screen.where} of observed holds negative values, yet several rows are control cells: neither "
+                "counts nor log1p values, and no table of effects. Name the layer= with counts or log1p values, or say "
+                "scale='effects'."
+            )
+        self.genes = np.asarray(self.screen.genes.astype(str), dtype=object)
+        self.perturbations = list(self.screen.perturbations)
+        if not self.perturbations:
+            raise LabelError(f"observed holds control cells only: nothing to compare in obs[{perturbation_key!r}].")
+        self.rows = _group_rows(self.screen.labels)
+        self.n_cells = np.array([len(self.rows[p]) for p in self.perturbations])
+        if self.scale == K.SCALE_EFFECTS:
+            _check_effects(self.screen, "observed")
+        self.train: Screen | None = None
+        if train is not None:
+            options["scale"] = self.scale if self.scale == K.SCALE_EFFECTS else scale
+            if library_size_key is not None and library_size_key not in train.obs:
+                options["library_size_key"] = None
+            self.train = Screen(train, **options, require_control=False)
+            if self.train.scale == K.SCALE_EFFECTS and self.scale != K.SCALE_EFFECTS:
+                raise ScaleError("train holds effects but observed holds cells: give both on the same scale.")
+            if self.train.scale == K.SCALE_EFFECTS:
+                _check_effects(self.train, "train")
+        self._cache: dict[Any, Any] = {}
+
+    # ------------------------------------------------------------------------------------------ observed
+
+    @cached_property
+    def _moments(self) -> dict[str, np.ndarray]:
+        moments = self.screen.moments()
+        where = {str(g): i for i, g in enumerate(moments.groups)}
+        rows = [where[p] for p in self.perturbations]
+        out = {"mean": moments.mean[rows], "var": moments.var[rows]}
+        if self.scale == K.SCALE_EFFECTS:
+            out["control"] = np.zeros(len(self.genes))
+            out["control_var"] = np.full(len(self.genes), np.nan)
+        else:
+            out["control"] = moments.mean[where[self.control]]
+            out["control_var"] = moments.var[where[self.control]]
+        return out
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean observed profiles ``(perturbation, gene)``, log1p CP10k (or effects)."""
+        return self._moments["mean"]
+
+    @property
+    def var(self) -> np.ndarray:
+        """Variances between cells ``(perturbation, gene)``; NaN for one cell."""
+        return self._moments["var"]
+
+    @property
+    def control_mean(self) -> np.ndarray:
+        """Mean observed control ``(gene,)``; zero for effects."""
+        return self._moments["control"]
+
+    def cells(self, label: str, genes: np.ndarray | None = None) -> sparse.csr_matrix:
+        """Cells of a perturbation (or of the control), CSR on the log1p scale."""
+        block = self.screen.rows(self.rows[label])
+        return block if genes is None else block[:, genes]
+
+    # ------------------------------------------------------------------------------------------ training data
+
+    @cached_property
+    def _train_moments(self) -> Any:
+        assert self.train is not None
+        return self.train.moments()
+
+    @cached_property
+    def train_effects(self) -> np.ndarray | None:
+        """Training perturbations' shifts against the training control, in observed's genes; NaN for absent genes."""
+        if self.train is None:
+            return None
+        base = self.train_control
+        if base is None:
+            return None
+        return self._train_centroids - base
+
+    @cached_property
+    def _train_centroids(self) -> np.ndarray:
+        moments = self._train_moments
+        use = moments.groups != self.control
+        return self._align(moments.mean[use])
+
+    def _align(self, values: np.ndarray) -> np.ndarray:
+        assert self.train is not None
+        position = self.train.genes.astype(str).get_indexer(self.genes)
+        out = np.full((len(values), len(self.genes)), np.nan)
+        out[:, position >= 0] = values[:, position[position >= 0]]
+        return out
+
+    @cached_property
+    def train_labels(self) -> list[str]:
+        """Labels of the training perturbations, in the order of :attr:`train_effects`."""
+        return [] if self.train is None else list(self.train.perturbations)
+
+    @cached_property
+    def train_control(self) -> np.ndarray | None:
+        """Mean training control in observed's genes; zero for effects; ``None`` where there is none."""
+        if self.train is None:
+            return None
+        if self.train.scale == K.SCALE_EFFECTS:
+            return np.zeros(len(self.genes))
+        where = np.flatnonzero(self._train_moments.groups == self.control)
+        return self._align(self._train_moments.mean[where])[0] if len(where) else None
+
+    @cached_property
+    def centroid(self) -> np.ndarray | None:
+        """Systema's reference: the mean of the training perturbations' centroids, each with equal weight ``(gene,)``."""
+        if self.train is None or not self.train.perturbations:
+            return None
+        return self._train_centroids.mean(axis=0)
+
+
+def _check_effects(screen: Screen, name: str) -> None:
+    controls = np.flatnonzero(screen.is_control)
+    if len(controls):
+        largest = np.abs(screen.rows(controls).data).max(initial=0.0)
+        if largest > 1e-6:
+            raise ScaleError(
+                f"The control row of {name} is not zero (largest value {largest:.3g}), but a table of effects is "
+                "relative to control. Subtract the control from all rows, or pass the profiles as log1p values "
+                "(scale='log1p')."
+            )
+    doubled = [label for label, rows in _group_rows(screen.labels).items() if len(rows) > 1]
+    if doubled:
+        raise ScaleError(
+            f"{name} is a table of effects, yet {listing(doubled, 3)} has several rows. Average them "
+            "(scpert.tl.perturbation_effects does), or name the scale of cells ('counts', 'log1p')."
+        )
+
+
+class Prediction:
+    """Rows, labels and scale of a predicted AnnData, checked."""
+
+    def __init__(self, adata: AnnData, reference: Reference, level: str = "auto"):
+        check_choice("level", level, ("auto", "pseudobulk", "cell"))
+        if adata.n_obs == 0 or adata.n_vars == 0:
+            raise ScpertError(f"The prediction is empty: {adata.n_obs} rows, {adata.n_vars} genes.")
+        check_unique_names_of_genes(adata)
+        key = reference.perturbation_key
+        if key not in adata.obs.columns and K.PERTURBATION in adata.obs.columns:
+            key = K.PERTURBATION  # what predict_perturbation writes
+        series = check_obs_key(adata, key, "perturbation_key")
+        self.adata = adata
+        labels = check_labels(series, None, key=key, genes=adata.var_names)
+        if reference.control != K.CONTROL:
+            labels = np.where(labels == K.CONTROL, reference.control, labels)
+        self.labels = labels
+        self.rows = _group_rows(labels)
+        most = max(len(rows) for label, rows in self.rows.items() if label != reference.control or len(self.rows) == 1)
+        self.level = ("cell" if most > 1 else "pseudobulk") if level == "auto" else level
+        effects = reference.scale == K.SCALE_EFFECTS
+        self.X = adata.layers[K.DELTA] if effects and K.DELTA in adata.layers else adata.X
+        if self.X is None:
+            raise ScpertError("The prediction's X is empty: a prediction holds log1p CP10k values in X.")
+        if not effects:
+            _refuse_wrong_scale(self.X)
+
+    def cells(self, label: str, genes: np.ndarray) -> sparse.csr_matrix:
+        """Predicted cells of a perturbation, CSR."""
+        return read_rows(self.X, self.rows[label])[:, genes]
+
+
+def check_unique_names_of_genes(adata: AnnData) -> None:
+    """Predicted cells may share names; genes may not."""
+    if not adata.var_names.is_unique:
+        check_unique_names(adata)
+
+
+def _refuse_wrong_scale(X: Any) -> None:
+    if not np.isfinite(_first_finite(X)):
+        return
+    evidence = scale_evidence(X)
+    cure = "Predictions are compared on the log1p CP10k scale: sc.pp.normalize_total(target_sum=1e4), then sc.pp.log1p."
+    if evidence.integers == 1.0 and evidence.maximum > 1 and evidence.minimum >= 0:
+        raise ScaleError(f"The prediction's X looks like raw counts: {evidence}. {cure}")
+    if evidence.maximum > 20:
+        raise ScaleError(f"The prediction's X is too large for log1p values: {evidence}. {cure}")
+    sample = read_rows(X, np.unique(np.linspace(0, X.shape[0] - 1, min(X.shape[0], 200)).astype(int))).data
+    sample = sample[np.isfinite(sample) & (sample != 0)]
+    if len(sample) and np.mean(sample < -1e-3) > 0.3:
+        raise ScaleError(
+            f"{100 * np.mean(sample < -1e-3):.0f} % of the prediction's non-zero values in X are negative: X looks like "
+            "shifts against control. Put control + shift in X (log1p CP10k) and the shift in layers['delta'], or compare "
+            "effects with effects (scale='effects')."
+        )
+
+
+def _first_finite(X: Any) -> float:
+    for _, block in iter_rows(X):
+        nonzero = block.data[np.isfinite(block.data) & (block.data != 0)]
+        if len(nonzero):
+            return float(nonzero[0])
+    return np.nan
+
+
+class Pair:
+    """A prediction and the reference, in the same perturbations and genes.
+
+    Arrays have one row per perturbation in :attr:`perturbations` and one column per gene in :attr:`genes`. Perturbations
+    whose prediction is not finite are set aside (:attr:`not_finite`).
+    """
+
+    def __init__(
+        self,
+        predicted: AnnData,
+        reference: Reference,
+        *,
+        level: Literal["auto", "pseudobulk", "cell"] | str = "auto",
+        random_state: int = 0,
+        max_cells: int = 1000,
+    ):
+        self.reference = ref = reference
+        self.prediction = pred = Prediction(predicted, reference, level)
+        self.random_state, self.max_cells = random_state, max_cells
+        self.level, self.control = pred.level, ref.control
+        names = predicted.var_names.astype(str)
+        position = names.get_indexer(ref.genes)
+        self.gene_index = np.flatnonzero(position >= 0)  # in the reference
+        self.pred_gene_index = position[self.gene_index]  # in the prediction
+        if len(self.gene_index) == 0:
+            raise ScpertError(
+                f"The prediction and observed share no gene: {listing(names, 3)} against {listing(ref.genes, 3)}. Bring "
+                "both to the same kind of gene names."
+            )
+        self.genes = ref.genes[self.gene_index]
+        predicted_labels = set(pred.rows) - {ref.control}
+        shared = [p for p in ref.perturbations if p in predicted_labels]
+        if not shared:
+            raise LabelError(
+                f"No perturbation is both predicted and observed: predicted {listing(sorted(predicted_labels), 4)}, "
+                f"observed {listing(ref.perturbations, 4)}."
+            )
+        self.report = {
+            "only_predicted": sorted(predicted_labels - set(ref.perturbations)),
+            "only_observed": [p for p in ref.perturbations if p not in predicted_labels],
+            "genes_only_predicted": sorted(set(names) - set(ref.genes)),
+            "genes_only_observed": [str(g) for g in ref.genes[position < 0]],
+        }
+        for what, names_of in self.report.items():
+            if names_of:
+                logger.warning(
+                    "evaluate: %d %s: left out (%s)",
+                    len(names_of),
+                    {
+                        "only_predicted": "perturbation(s) are predicted but not observed",
+                        "only_observed": "perturbation(s) are observed but not predicted",
+                        "genes_only_predicted": "gene(s) are in the prediction only",
+                        "genes_only_observed": "gene(s) are in observed only",
+                    }[what],
+                    listing(names_of, 5),
+                )
+        self._load(shared)
+
+    def _load(self, shared: list[str]) -> None:
+        ref, pred = self.reference, self.prediction
+        has_control = ref.control in pred.rows and ref.scale != K.SCALE_EFFECTS
+        order = [*shared, ref.control] if has_control else shared
+        code = {p: i for i, p in enumerate(order)}
+        codes = np.array([code.get(label, -1) for label in pred.labels])
+        mean = group_means(pred.X, codes, len(order))[:, self.pred_gene_index]
+        finite = np.isfinite(mean[: len(shared)]).all(axis=1)
+        self.not_finite = [p for p, ok in zip(shared, finite, strict=True) if not ok]
+        if self.not_finite:
+            logger.warning("evaluate: the prediction of %s holds NaN or infinite values", listing(self.not_finite, 5))
+        self.shared = shared
+        self.perturbations = [p for p, ok in zip(shared, finite, strict=True) if ok]
+        keep = np.flatnonzero(finite)
+        where = {p: i for i, p in enumerate(ref.perturbations)}
+        self.ref_index = np.array([where[p] for p in self.perturbations], dtype=int)
+        self.observed = ref.mean[np.ix_(self.ref_index, self.gene_index)]
+        self.predicted = mean[keep]
+        self.observed_control = ref.control_mean[self.gene_index]
+        self.delta = self.observed - self.observed_control
+        self.predicted_control, self.reference_note = self._predicted_control(mean, codes, keep, len(shared))
+        self.predicted_delta = self.predicted - self.predicted_control
+
+    def _predicted_control(
+        self, mean: np.ndarray, codes: np.ndarray, keep: np.ndarray, n: int
+    ) -> tuple[np.ndarray, str]:
+        """What the predicted shift is taken against: never a test control if the prediction brings its own."""
+        ref, pred = self.reference, self.prediction
+        if ref.scale == K.SCALE_EFFECTS:
+            return np.zeros(len(self.genes)), "effects are relative to control already"
+        if len(mean) > n:
+            if np.isfinite(mean[n]).all():
+                return mean[n], "the prediction's own control rows"
+            logger.warning("evaluate: the prediction's control rows hold NaN; another control is used")
+        if K.DELTA in pred.adata.layers:
+            shift = group_means(pred.adata.layers[K.DELTA], codes, max(n, len(mean)))[keep][:, self.pred_gene_index]
+            implied = self.predicted - shift
+            if len(implied) and np.isfinite(implied).all():
+                base = np.median(implied, axis=0)
+                inside = self.predicted > 1e-6  # where X is clipped at zero the difference says nothing
+                off = (np.abs(implied - base) > 1e-3) & inside
+                if off.sum() <= 0.05 * max(1, inside.sum()):
+                    return self.predicted - shift, "layers['delta'] of the prediction"
+                if ref.train_control is None:
+                    logger.info("evaluate: layers['delta'] does not belong to X (X - delta differs between rows)")
+        if ref.train_control is not None and np.isfinite(ref.train_control[self.gene_index]).all():
+            return ref.train_control[self.gene_index], "the control cells of train"
+        return self.observed_control, "the control cells of observed"
+
+    # ------------------------------------------------------------------------------------------ for the metrics
+
+    @cached_property
+    def targets(self) -> list[np.ndarray]:
+        """Positions of each perturbation's own targets among :attr:`genes`."""
+        position = {g: i for i, g in enumerate(self.genes)}
+        return [
+            np.array([position[t] for t in parse(p, self.control) if t in position], dtype=int)
+            for p in self.perturbations
+        ]
+
+    @cached_property
+    def not_target(self) -> np.ndarray:
+        """Boolean ``(perturbation, gene)``: False at a perturbation's own targets."""
+        out = np.ones(self.observed.shape, dtype=bool)
+        for row, own in enumerate(self.targets):
+            out[row, own] = False
+        return out
+
+    @cached_property
+    def centroid(self) -> np.ndarray | None:
+        """The perturbed centroid of the training data in :attr:`genes`."""
+        centroid = self.reference.centroid
+        if centroid is None or not np.isfinite(centroid[self.gene_index]).all():
+            return None
+        return centroid[self.gene_index]
+
+    @cached_property
+    def train_effects(self) -> np.ndarray | None:
+        """Training effects ``(training perturbation, gene)`` in :attr:`genes`."""
+        effects = self.reference.train_effects
+        if effects is None or not len(effects) or not np.isfinite(effects[:, self.gene_index]).all():
+            return None
+        return effects[:, self.gene_index]
+
+    def top(self, k: int, *, without_targets: bool = False) -> np.ndarray:
+        """Boolean ``(perturbation, gene)``: the ``k`` genes with the largest observed shift (test truth: an oracle)."""
+        size = np.abs(self.delta)
+        if without_targets:
+            size = np.where(self.not_target, size, -1.0)
+        return top_mask(size, k)
+
+    def observed_cells(self, label: str) -> sparse.csr_matrix:
+        """Observed cells (perturbation or control) in :attr:`genes`."""
+        return self.reference.cells(label, self.gene_index)
+
+    def predicted_cells(self, label: str) -> sparse.csr_matrix:
+        """Predicted cells; for the control without predicted controls: the observed ones."""
+        if label == self.control and label not in self.prediction.rows:
+            return self.observed_cells(label)
+        return self.prediction.cells(label, self.pred_gene_index)
+
+
+def top_mask(size: np.ndarray, k: int) -> np.ndarray:
+    """True at the ``k`` largest entries of each row."""
+    k = min(k, size.shape[1])
+    out = np.zeros(size.shape, dtype=bool)
+    np.put_along_axis(out, np.argpartition(-size, k - 1, axis=1)[:, :k], True, axis=1)
+    return out

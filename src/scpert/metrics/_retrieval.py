@@ -1,0 +1,180 @@
+"""Metrics of retrieval: is a prediction nearer to its own perturbation than to the others?
+
+Ties get half credit, so that a constant prediction has no luck with the order of the rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._pair import Pair
+from ._registry import Undefined, metric
+
+__all__ = ["distances"]
+
+RTOL = 1e-9  # distances closer than this are one distance
+
+
+def distances(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
+    """Distance of each row of ``a`` to each of ``b``: l1, l2 or cosine (1 for a zero vector)."""
+    from scipy.spatial.distance import cdist
+
+    if kind == "cosine":
+        a, b = _unit(a), _unit(b)
+        return 1.0 - a @ b.T
+    return cdist(a, b, {"l1": "cityblock", "l2": "euclidean"}[kind])
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm > 0, norm, 1.0)
+
+
+def _beats(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """1 where the own distance is smaller, 1/2 at ties, 0 elsewhere."""
+    tie = np.abs(own - other) <= RTOL * np.maximum(np.abs(own), np.abs(other)) + 1e-12
+    return np.where(tie, 0.5, (own < other).astype(float))
+
+
+def _need_two(pair: Pair) -> int:
+    if len(pair.perturbations) < 2:
+        raise Undefined("needs at least two perturbations to tell apart")
+    return len(pair.perturbations)
+
+
+def _masked_distance(pair: Pair, kind: str) -> np.ndarray:
+    """Distance (predicted p, observed q) over the genes that are not p's targets."""
+    a, b = pair.predicted_delta, pair.delta
+    out = distances(a, b, kind)
+    for p, own in enumerate(pair.targets):
+        if len(own):
+            keep = np.delete(np.arange(a.shape[1]), own)
+            out[p] = distances(a[p : p + 1, keep], b[:, keep], kind)[0]
+    return out
+
+
+def _discrimination(pair: Pair, kind: str) -> np.ndarray:
+    n = _need_two(pair)
+    d = _masked_distance(pair, kind)
+    wins = _beats(np.diag(d)[:, None], d)
+    np.fill_diagonal(wins, 1.0)
+    return 1.0 - (1.0 - wins).sum(axis=1) / n
+
+
+_PDS = {
+    "best": 1,
+    "formula": "1 - rank_p / P, rank_p = #{q: d_pq < d_pp} + #ties/2, d over genes but p's targets",
+    "source": "cell-eval, Virtual Cell Challenge (ties there by row order; there only a single target is left out)",
+}
+
+
+@metric("discrimination_score_l1", exploit="depends on the scale: multiplying all predictions changes it", **_PDS)
+def discrimination_score_l1(pair: Pair) -> np.ndarray:
+    """Perturbation discrimination score by Manhattan distance of the shifts."""
+    return _discrimination(pair, "l1")
+
+
+@metric("discrimination_score_l2", exploit="depends on the scale of the predictions", **_PDS)
+def discrimination_score_l2(pair: Pair) -> np.ndarray:
+    """Perturbation discrimination score by Euclidean distance of the shifts."""
+    return _discrimination(pair, "l2")
+
+
+@metric("discrimination_score_cosine", exploit="blind to the size of the effect", **_PDS)
+def discrimination_score_cosine(pair: Pair) -> np.ndarray:
+    """Perturbation discrimination score by cosine distance of the shifts."""
+    return _discrimination(pair, "cosine")
+
+
+def _pairwise_without_targets(pair: Pair, kind: str) -> np.ndarray:
+    """Share of q that p's prediction beats, comparing each p and q over the genes that neither targets."""
+    n = _need_two(pair)
+    a, b = pair.predicted_delta, pair.delta
+    if kind == "cosine":
+        dot, bb, aa = a @ b.T, (b**2).sum(axis=1), (a**2).sum(axis=1)
+    else:
+        full = distances(a, b, "l1") if kind == "l1" else distances(a, b, "l2") ** 2
+    all_targets = np.unique(np.concatenate(pair.targets)) if any(len(t) for t in pair.targets) else np.zeros(0, int)
+    column = {g: i for i, g in enumerate(all_targets)}
+    of_q = np.zeros((n, len(all_targets)), dtype=bool)
+    for q in range(n):
+        of_q[q, [column[g] for g in pair.targets[q]]] = True
+    wins = np.zeros((n, n))
+    for p in range(n):
+        drop = of_q | of_q[p]  # genes left out of the comparison of p with q
+        ap, bp, bq = a[p, all_targets], b[p, all_targets], b[:, all_targets]
+        if kind == "cosine":
+            na = aa[p] - np.where(drop, ap**2, 0).sum(axis=1)
+            nq = bb - np.where(drop, bq**2, 0).sum(axis=1)
+            np_ = bb[p] - np.where(drop, bp**2, 0).sum(axis=1)
+            other = _cosine(dot[p] - np.where(drop, ap * bq, 0).sum(axis=1), na, nq)
+            own = _cosine(dot[p, p] - np.where(drop, ap * bp, 0).sum(axis=1), na, np_)
+        else:
+            power = 1 if kind == "l1" else 2
+            other = np.maximum(full[p] - np.where(drop, np.abs(ap - bq) ** power, 0).sum(axis=1), 0)
+            own = np.maximum(full[p, p] - np.where(drop, np.abs(ap - bp) ** power, 0).sum(axis=1), 0)
+        wins[p] = _beats(own, other)
+    np.fill_diagonal(wins, 0.0)
+    return wins.sum(axis=1) / (n - 1)
+
+
+def _cosine(dot: np.ndarray, aa: np.ndarray, bb: np.ndarray) -> np.ndarray:
+    norm = np.sqrt(np.maximum(aa, 0) * np.maximum(bb, 0))
+    return 1.0 - np.where(norm > 0, dot / np.where(norm > 0, norm, 1.0), 0.0)
+
+
+_NIR = {
+    "best": 1,
+    "formula": "mean_q [d(δ̂_p, δ_p) < d(δ̂_p, δ_q)], d over genes that neither p nor q targets; 0.5 by chance",
+    "source": "Kernfeld et al. 2025",
+}
+
+
+@metric("retrieval_l1_no_targets", exploit="depends on the scale of the predictions", **_NIR)
+def retrieval_l1_no_targets(pair: Pair) -> np.ndarray:
+    """Share of other perturbations told apart (Manhattan), the targets of both left out."""
+    return _pairwise_without_targets(pair, "l1")
+
+
+@metric("retrieval_l2_no_targets", exploit="depends on the scale of the predictions", **_NIR)
+def retrieval_l2_no_targets(pair: Pair) -> np.ndarray:
+    """Share of other perturbations told apart (Euclidean), the targets of both left out."""
+    return _pairwise_without_targets(pair, "l2")
+
+
+@metric("retrieval_cosine_no_targets", exploit="blind to the size of the effect", **_NIR)
+def retrieval_cosine_no_targets(pair: Pair) -> np.ndarray:
+    """Share of other perturbations told apart (cosine), the targets of both left out."""
+    return _pairwise_without_targets(pair, "cosine")
+
+
+@metric(
+    "centroid_accuracy",
+    best=1,
+    formula="(1/(P-1)) #{q != p: ||m̂_p - m_q|| > ||m̂_p - m_p||}, ties 1/2; 0.5 by chance",
+    source="Systema (Viñas Torné et al. 2025); the same as NIR of Miller et al. 2025",
+    exploit="the knocked-down target alone can identify a perturbation: see retrieval_l2_no_targets",
+)
+def centroid_accuracy(pair: Pair) -> np.ndarray:
+    """Share of other perturbations whose centroid is farther from the prediction than its own."""
+    n = _need_two(pair)
+    d = distances(pair.predicted, pair.observed, "l2")
+    wins = _beats(np.diag(d)[:, None], d)
+    np.fill_diagonal(wins, 0.0)
+    return wins.sum(axis=1) / (n - 1)
+
+
+@metric(
+    "transposed_rank",
+    best=0,
+    formula="(1/(P-1)) #{q != p: d(δ̂_q, δ_p) < d(δ̂_p, δ_p)}, ties 1/2, d Euclidean; 0.5 by chance",
+    source="PerturBench (Wu et al. 2024; there ties count in full and the division is by P)",
+    exploit="depends on the scale of the predictions",
+)
+def transposed_rank(pair: Pair) -> np.ndarray:
+    """Share of other predictions that lie nearer to the observed effect than its own prediction."""
+    n = _need_two(pair)
+    d = distances(pair.predicted_delta, pair.delta, "l2").T  # row p: distance of all predictions to truth p
+    losses = 1.0 - _beats(np.diag(d)[:, None], d)
+    np.fill_diagonal(losses, 0.0)
+    return losses.sum(axis=1) / (n - 1)

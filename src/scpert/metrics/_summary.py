@@ -1,0 +1,623 @@
+"""From tables to judgements: the ceiling, the calibrated score, paired comparisons, and which metrics can be believed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from .. import _keys as K
+from .._checks import check_choice, check_fraction, check_positive, listing
+from .._progress import progress
+from ..errors import ScpertError
+from ._evaluate import compute
+from ._pair import Pair, Reference
+from ._registry import METRICS, resolve
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["ceiling", "compare", "dynamic_range", "pseudobulk", "summarise", "training_mean"]
+
+logger = logging.getLogger("scpert")
+
+NOTHING = "nothing to predict here"
+
+
+# ---------------------------------------------------------------------------------------------- predictions to compare with
+
+
+def pseudobulk(
+    adata: AnnData,
+    *,
+    perturbation_key: str = K.PERTURBATION,
+    control: str = K.CONTROL,
+    layer: str | None = None,
+    scale: str = K.SCALE_AUTO,
+    library_size_key: str | None = None,
+) -> AnnData:
+    """Mean profiles of real cells, in the form of a prediction.
+
+    Returns
+    -------
+    AnnData, perturbation by gene: ``X`` log1p CP10k (effects for tables of effects), ``layers["delta"]`` its shift
+    against the control cells, ``obs["n_cells"]``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> scpert.metrics.pseudobulk(adata).shape
+    (5, 40)
+    """
+    reference = Reference(
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        layer=layer,
+        scale=scale,
+        library_size_key=library_size_key,
+    )
+    return as_prediction(reference, reference.mean, reference.mean - reference.control_mean, n_cells=reference.n_cells)
+
+
+def as_prediction(reference: Reference, mean: np.ndarray, delta: np.ndarray, **obs: Any) -> AnnData:
+    """Arrays ``(perturbation, gene)`` as a prediction."""
+    from anndata import AnnData as Table
+
+    labels = pd.Index([str(p) for p in reference.perturbations])
+    frame = pd.DataFrame({K.PERTURBATION: labels.to_numpy(dtype=object), **obs}, index=labels)
+    out = Table(
+        X=np.asarray(mean, dtype=np.float64), obs=frame, var=pd.DataFrame(index=pd.Index(reference.genes.astype(str)))
+    )
+    out.layers[K.DELTA] = np.asarray(delta, dtype=np.float64)
+    return out
+
+
+def training_mean(reference: Reference) -> AnnData:
+    """The baseline that scores 0: for every observed perturbation the mean of the training perturbations.
+
+    Parameters
+    ----------
+    reference
+        With training data.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> reference = scpert.metrics.Reference(adata, train=adata)
+    >>> scpert.metrics.training_mean(reference).n_obs
+    5
+    """
+    if reference.centroid is None:
+        raise ScpertError("The training mean needs training data: Reference(observed, train=...).")
+    base = reference.train_control if reference.train_control is not None else reference.control_mean
+    n = len(reference.perturbations)
+    return as_prediction(reference, np.tile(reference.centroid, (n, 1)), np.tile(reference.centroid - base, (n, 1)))
+
+
+# ---------------------------------------------------------------------------------------------- ceiling
+
+
+def ceiling(
+    observed: AnnData | Reference,
+    *,
+    perturbation_key: str = K.PERTURBATION,
+    control: str = K.CONTROL,
+    train: AnnData | None = None,
+    metrics: str | Sequence[str] | None = None,
+    layer: str | None = None,
+    scale: str = K.SCALE_AUTO,
+    library_size_key: str | None = None,
+    n_draws: int = 20,
+    kind: str = "split_half",
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """What a replicate of the experiment would score: one half of the cells against the other.
+
+    In each draw the cells of every perturbation and the controls are cut into two disjoint halves; one half plays the
+    prediction, the other the truth. The table is the mean over the draws. Halves have half the cells, so a model that is
+    compared with all test cells can exceed the ceiling a little.
+
+    Parameters
+    ----------
+    observed, perturbation_key, control, train, layer, scale, library_size_key
+        As in :func:`evaluate`.
+    metrics
+        By default all metrics of mean profiles. Metrics of cells can be named; they cost one evaluation per draw.
+    n_draws
+        Number of random halvings.
+    kind
+        ``"split_half"``, or ``"interpolated"``: the interpolated duplicate of Miller et al. (2025), ``α dup + (1 - α)
+        mean`` with ``α_g = 1 - padj_g`` (Welch's test of the predicting half against its controls, BH), which needs
+        ``train``.
+    random_state
+        Seed of the halvings.
+
+    Returns
+    -------
+    As :func:`evaluate`; ``attrs["n_draws"]``. Perturbations with fewer than two cells are NaN.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> table = scpert.metrics.ceiling(adata, metrics="pearson_delta", n_draws=3)
+    >>> list(table.columns)
+    ['pearson_delta']
+    """
+    check_positive("n_draws", n_draws)
+    check_choice("kind", kind, ("split_half", "interpolated"))
+    if isinstance(observed, Reference):
+        reference = observed
+    else:
+        reference = Reference(
+            observed,
+            train,
+            perturbation_key=perturbation_key,
+            control=control,
+            layer=layer,
+            scale=scale,
+            library_size_key=library_size_key,
+        )
+    names = [m.name for m in resolve(metrics, [n for n, m in METRICS.items() if "cells" not in m.needs])]
+    if kind == "interpolated" and reference.centroid is None:
+        raise ScpertError("The interpolated duplicate needs training data (train=): it shrinks towards their mean.")
+    labels = reference.perturbations
+    if reference.scale == K.SCALE_EFFECTS:
+        reason = "a table of effects has no cells to halve: give a replicate table as a prediction instead"
+        return _empty(labels, names, reason)
+    if len(reference.rows[reference.control]) < 2:
+        return _empty(labels, names, "fewer than two control cells: they cannot be halved")
+    usable = [p for p in labels if len(reference.rows[p]) >= 2]
+    if not usable:
+        return _empty(labels, names, "fewer than two cells in each perturbation: they cannot be halved")
+    generators = np.random.default_rng(random_state).spawn(int(n_draws))
+    total: pd.DataFrame | None = None
+    count: pd.DataFrame | None = None
+    reasons: dict[str, dict[str, str]] = {}
+    needs_cells = any("cells" in METRICS[n].needs for n in names)
+    for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
+        half = _halve(reference, usable, rng)
+        table = compute(half.pair(kind, needs_cells), names)
+        if table.attrs["reasons"]:
+            reasons = table.attrs["reasons"]
+        filled = table.fillna(0.0)
+        total = filled if total is None else total + filled
+        count = table.notna().astype(float) if count is None else count + table.notna()
+    assert total is not None and count is not None
+    out = (total / count.where(count > 0)).reindex(labels)
+    out.index.name = "perturbation"
+    for label in set(labels) - set(usable):
+        for name in out.columns:
+            reasons.setdefault(name, {})[label] = "fewer than two cells: they cannot be halved"
+    out.attrs = {
+        "reasons": reasons,
+        "n_draws": int(n_draws),
+        "kind": kind,
+        "level": "cell" if needs_cells else "pseudobulk",
+    }
+    return out
+
+
+def _empty(labels: Sequence[str], names: Sequence[str], reason: str) -> pd.DataFrame:
+    columns = [c for n in names for c in (METRICS[n].columns or (n,))]
+    out = pd.DataFrame(np.nan, index=pd.Index(list(labels), name="perturbation"), columns=columns)
+    out.attrs = {"reasons": {c: {"all": reason} for c in columns}, "n_draws": 0}
+    return out
+
+
+class _Half(Reference):
+    """A reference of some of the cells, with means computed from sums; shares screen and training data with its parent."""
+
+    def __init__(self, parent: Reference, rows: dict[str, np.ndarray], moments: dict[str, np.ndarray]):
+        self.__dict__.update(
+            {
+                k: v
+                for k, v in parent.__dict__.items()
+                if k not in {"_cache", "_moments", "rows", "perturbations", "n_cells"}
+            }
+        )
+        self.rows = rows
+        self.perturbations = sorted(set(rows) - {parent.control})
+        self.n_cells = np.array([len(rows[p]) for p in self.perturbations])
+        self._cache = {}
+        self.__dict__["_moments"] = moments
+
+
+class _Halves:
+    def __init__(self, predicting: _Half, truth: _Half):
+        self.predicting, self.truth = predicting, truth
+
+    def pair(self, kind: str, cells: bool) -> Pair:
+        a = self.predicting
+        mean, base = a.mean, a.control_mean
+        if kind == "interpolated":
+            assert a.centroid is not None
+            alpha = 1.0 - _padj(a)
+            mean = alpha * mean + (1 - alpha) * a.centroid
+        if cells and kind == "split_half":
+            return Pair(_cells_of(a), self.truth, level="cell")
+        return Pair(as_prediction(a, mean, mean - base), self.truth, level="pseudobulk")
+
+
+def _cells_of(half: _Half) -> AnnData:
+    from anndata import AnnData as Table
+
+    order = [*half.perturbations, half.control]
+    X = sparse.vstack([half.screen.rows(half.rows[p]) for p in order], format="csr")
+    labels = np.repeat(np.array(order, dtype=object), [len(half.rows[p]) for p in order])
+    obs = pd.DataFrame({half.perturbation_key: labels}, index=pd.Index([f"cell{i}" for i in range(len(labels))]))
+    return Table(X=X, obs=obs, var=pd.DataFrame(index=pd.Index(half.genes.astype(str))))
+
+
+def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator) -> _Halves:
+    """Disjoint halves; one pass over the matrix gives the sums of the first, the second is the rest."""
+    order = [*usable, reference.control]
+    codes = np.full(reference.screen.n_cells, -1)
+    rows: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
+    for i, label in enumerate(order):
+        mixed = rng.permutation(reference.rows[label])
+        cut = len(mixed) // 2
+        for side, part in enumerate((mixed[:cut], mixed[cut : 2 * cut])):
+            rows[side][label] = np.sort(part)
+            codes[part] = 2 * i + side
+    size = 2 * len(order)
+    total = np.zeros((size, len(reference.genes)))
+    square = np.zeros_like(total)
+    for where, block in reference.screen.chunks():
+        keep = np.flatnonzero(codes[where] >= 0)
+        member = sparse.csr_matrix((np.ones(len(keep)), (codes[where][keep], keep)), shape=(size, block.shape[0]))
+        total += (member @ block).toarray()
+        squared = sparse.csr_matrix(
+            (block.data.astype(np.float64) ** 2, block.indices, block.indptr), shape=block.shape
+        )
+        square += (member @ squared).toarray()
+    n = np.bincount(codes[codes >= 0], minlength=size)[:, None]
+    mean = total / n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        var = np.where(n > 1, np.maximum(square - n * mean**2, 0) / (n - 1), np.nan)
+    halves = []
+    for side in (0, 1):
+        m, v = mean[side::2], var[side::2]
+        moments = {"mean": m[:-1], "var": v[:-1], "control": m[-1], "control_var": v[-1]}
+        by_name = np.argsort(np.array(usable, dtype=object).astype(str), kind="stable")
+        moments["mean"], moments["var"] = moments["mean"][by_name], moments["var"][by_name]
+        halves.append(_Half(reference, rows[side], moments))
+    return _Halves(*halves)
+
+
+def _padj(half: Reference) -> np.ndarray:
+    """BH-adjusted p of Welch's test of each perturbation against control ``(perturbation, gene)``."""
+    from scipy.stats import false_discovery_control, t as student
+
+    n, c = half.n_cells[:, None].astype(float), float(len(half.rows[half.control]))
+    a, b = half.var / n, half._moments["control_var"] / c
+    with np.errstate(invalid="ignore", divide="ignore"):
+        t = (half.mean - half.control_mean) / np.sqrt(a + b)
+        df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (c - 1))
+        p = 2 * student.sf(np.abs(t), df)
+    p = np.where(np.isfinite(p), p, 1.0)
+    return false_discovery_control(p, axis=1)
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def _shared(tables: Mapping[str, pd.DataFrame], metric_names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    for name, table in tables.items():
+        if not isinstance(table, pd.DataFrame):
+            raise ScpertError(
+                f"{name} must be a table that scpert.metrics.evaluate returned; got {type(table).__name__}."
+            )
+    first, *others = tables.values()
+    rows = [p for p in first.index if all(p in t.index for t in others)]
+    if not rows:
+        raise ScpertError(f"The tables {listing(tables)} share no perturbation.")
+    known = [c for c in first.columns if all(c in t.columns for t in others)]
+    if metric_names is None:
+        return rows, known
+    missing = [m for m in metric_names if m not in known]
+    if missing:
+        raise ScpertError(f"The metric(s) {listing(missing)} are not in all tables; shared are {listing(known, 60)}.")
+    return rows, list(metric_names)
+
+
+def _higher(name: str) -> bool | None:
+    m = METRICS.get(name)
+    return m.higher_is_better if m is not None else None
+
+
+def _resampler(
+    rows: Sequence[str], clusters: Mapping[str, str] | pd.Series | None, n_boot: int, seed: int
+) -> np.ndarray:
+    """Weights ``(n_boot, n)``: how often each perturbation is drawn; whole clusters are drawn together."""
+    rng = np.random.default_rng(seed)
+    names = np.asarray(rows, dtype=object)
+    if clusters is None:
+        groups = np.arange(len(names))
+    else:
+        lookup = dict(clusters.items())
+        _, groups = np.unique([str(lookup.get(p, f"\0{p}")) for p in names], return_inverse=True)
+    k = int(groups.max()) + 1
+    draws = rng.multinomial(k, np.full(k, 1.0 / k), size=n_boot)
+    return draws[:, groups].astype(float)
+
+
+def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    total = weights.sum(axis=1)
+    return np.where(total > 0, weights @ values / np.where(total > 0, total, 1), np.nan)
+
+
+def summarise(
+    table: pd.DataFrame,
+    baseline: pd.DataFrame,
+    ceiling: pd.DataFrame,
+    *,
+    metrics: Sequence[str] | None = None,
+    clusters: Mapping[str, str] | pd.Series | None = None,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Calibrated scores: 0 is the training mean, 1 the replicate.
+
+    ``score = (s_model - s_baseline) / (s_ceiling - s_baseline)`` with ``s`` the mean over the perturbations that all
+    three tables have a value for. Where the ceiling is not clearly better than the baseline (bootstrap limit of their
+    difference), the score is NaN and the verdict says "nothing to predict here".
+
+    Parameters
+    ----------
+    table, baseline, ceiling
+        Tables of :func:`evaluate` for the model and for the training mean, and of :func:`ceiling`.
+    metrics
+        By default all that the three tables share.
+    clusters
+        Perturbation -> cluster (a complex): whole clusters are resampled together.
+    n_boot, confidence, random_state
+        Bootstrap over perturbations.
+
+    Returns
+    -------
+    DataFrame, one row per metric: ``model``, ``baseline``, ``ceiling`` (means), ``score``, ``lower``, ``upper``,
+    ``n`` (perturbations), ``verdict``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(400, 40, 5, random_state=0)
+    >>> m = scpert.metrics
+    >>> reference = m.Reference(adata, train=adata)
+    >>> top = m.ceiling(reference, metrics=["mse"], n_draws=3)
+    >>> base = m.evaluate(m.training_mean(reference), reference, metrics=["mse"])
+    >>> float(m.summarise(top, base, top).loc["mse", "score"])
+    1.0
+    """
+    check_positive("n_boot", n_boot)
+    check_fraction("confidence", confidence)
+    rows, names = _shared({"table": table, "baseline": baseline, "ceiling": ceiling}, metrics)
+    tail = 100 * (1 - confidence) / 2
+    out = []
+    for name in names:
+        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (table, baseline, ceiling)])
+        ok = np.isfinite(values).all(axis=1)
+        record: dict[str, Any] = {"metric": name, "n": int(ok.sum())}
+        higher = _higher(name)
+        # each mean over the same perturbations; where nothing is shared, over its own
+        means = values[ok].mean(axis=0) if ok.any() else np.array([_nanmean(values[:, i]) for i in range(3)])
+        record.update(model=means[0], baseline=means[1], ceiling=means[2], score=np.nan, lower=np.nan, upper=np.nan)
+        if higher is None:
+            record["verdict"] = "no calibrated score: the best value is not an end of the scale"
+        elif not ok.any():
+            empty = [
+                w
+                for w, i in (("the model", 0), ("the baseline", 1), ("the ceiling", 2))
+                if not np.isfinite(values[:, i]).any()
+            ]
+            record["verdict"] = f"undefined for {' and '.join(empty) or 'the shared perturbations'}"
+        else:
+            _score(
+                record,
+                values[ok],
+                np.asarray(rows, dtype=object)[ok],
+                higher,
+                name,
+                clusters,
+                n_boot,
+                tail,
+                random_state,
+            )
+        out.append(record)
+    columns = ["model", "baseline", "ceiling", "score", "lower", "upper", "n", "verdict"]
+    return pd.DataFrame(out, columns=["metric", *columns]).set_index("metric")
+
+
+def _nanmean(x: np.ndarray) -> float:
+    return float(np.nanmean(x)) if np.isfinite(x).any() else np.nan
+
+
+def _score(
+    record: dict[str, Any],
+    values: np.ndarray,
+    rows: np.ndarray,
+    higher: bool,
+    name: str,
+    clusters: Mapping[str, str] | pd.Series | None,
+    n_boot: int,
+    tail: float,
+    seed: int,
+) -> None:
+    sign = 1.0 if higher else -1.0
+    model, base, top = (record[k] for k in ("model", "baseline", "ceiling"))
+    gap = sign * (top - base)
+    if METRICS[name].level == "set":
+        clear = gap > 1e-9
+        lower = upper = np.nan
+    elif len(rows) < 2:
+        clear, lower, upper = gap > 1e-9, np.nan, np.nan
+    else:
+        weights = _resampler(rows, clusters, n_boot, seed)
+        m, b, c = (_weighted_means(values[:, i], weights) for i in range(3))
+        gaps = sign * (c - b)
+        clear = np.nanpercentile(gaps, 2.5) > 1e-9
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = np.where(gaps > 1e-9, sign * (m - b) / gaps, np.nan)
+        lower, upper = np.nanpercentile(scores, [tail, 100 - tail]) if np.isfinite(scores).any() else (np.nan, np.nan)
+    if not clear:
+        record["verdict"] = f"{NOTHING}: the replicate is not clearly better than the training mean"
+        return
+    record.update(score=sign * (model - base) / gap, lower=lower, upper=upper)
+    if np.isfinite(lower):
+        record["verdict"] = (
+            "better than the training mean"
+            if lower > 0
+            else "worse than the training mean"
+            if upper < 0
+            else "not clearly different from the training mean"
+        )
+    else:
+        record["verdict"] = "one value for the set: no limits"
+
+
+def compare(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    *,
+    metrics: Sequence[str] | None = None,
+    clusters: Mapping[str, str] | pd.Series | None = None,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Paired bootstrap over perturbations: is ``a`` better than ``b``?
+
+    Parameters
+    ----------
+    a, b
+        Tables of :func:`evaluate` on the same perturbations.
+    metrics, n_boot, confidence, random_state
+        As in :func:`summarise`.
+    clusters
+        Perturbation -> cluster. Perturbations of one complex are no independent evidence: whole clusters are resampled.
+
+    Returns
+    -------
+    DataFrame, one row per metric: ``a``, ``b`` (means), ``difference`` (positive: ``a`` is better), ``lower``,
+    ``upper``, ``pvals`` (two-sided, bootstrap), ``n``, ``n_clusters``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> table = scpert.metrics.evaluate(scpert.metrics.pseudobulk(adata), adata, metrics=["mse"])
+    >>> float(scpert.metrics.compare(table, table).loc["mse", "difference"])
+    0.0
+    """
+    check_positive("n_boot", n_boot)
+    check_fraction("confidence", confidence)
+    rows, names = _shared({"a": a, "b": b}, metrics)
+    tail = 100 * (1 - confidence) / 2
+    out = []
+    for name in names:
+        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (a, b)])
+        ok = np.isfinite(values).all(axis=1)
+        higher = _higher(name)
+        sign = -1.0 if higher is False else 1.0
+        record: dict[str, Any] = {
+            "metric": name,
+            "n": int(ok.sum()),
+            "a": _nanmean(values[ok, 0]),
+            "b": _nanmean(values[ok, 1]),
+        }
+        if ok.sum() and higher is not None:
+            difference = sign * (values[ok, 0] - values[ok, 1])
+            record["difference"] = difference.mean()
+            kept = np.asarray(rows, dtype=object)[ok]
+            record["n_clusters"] = (
+                len(kept) if clusters is None else len({dict(clusters.items()).get(p, p) for p in kept})
+            )
+            if METRICS[name].level != "set" and record["n_clusters"] > 1:
+                boot = _weighted_means(difference, _resampler(kept, clusters, n_boot, random_state))
+                boot = boot[np.isfinite(boot)]
+                record["lower"], record["upper"] = np.percentile(boot, [tail, 100 - tail])
+                tails = min((np.sum(boot <= 0) + 1), (np.sum(boot >= 0) + 1)) / (len(boot) + 1)
+                record["pvals"] = float(min(1.0, 2 * tails))
+        out.append(record)
+    columns = ["a", "b", "difference", "lower", "upper", "pvals", "n", "n_clusters"]
+    return pd.DataFrame(out, columns=["metric", *columns]).set_index("metric")
+
+
+def dynamic_range(
+    baseline: pd.DataFrame,
+    ceiling: pd.DataFrame,
+    *,
+    metrics: Sequence[str] | None = None,
+    n_boot: int = 2000,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Which metrics can be believed on this data set (Miller et al. 2025).
+
+    ``DRF = (s_neg - s_pos) / (s_neg - s_perfect)``: the share of the way from the negative control (the training mean)
+    to a perfect score that a replicate covers; ``BDS``: the share of perturbations for which the replicate beats the
+    negative control (ties 1/2).
+
+    Parameters
+    ----------
+    baseline, ceiling
+        Tables of the training mean and of the replicate (split half or interpolated duplicate).
+    metrics, n_boot, random_state
+        As in :func:`summarise`.
+
+    Returns
+    -------
+    DataFrame, one row per metric: ``negative``, ``positive``, ``perfect``, ``drf``, ``drf_lower``, ``bds``,
+    ``bds_lower`` (2.5 % bootstrap limits), ``believable`` (both limits above 0 and 0.5), ``n``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(400, 40, 5, random_state=0)
+    >>> m = scpert.metrics
+    >>> reference = m.Reference(adata, train=adata)
+    >>> base = m.evaluate(m.training_mean(reference), reference, metrics=["mse"])
+    >>> list(m.dynamic_range(base, m.ceiling(reference, metrics=["mse"], n_draws=2)).index)
+    ['mse']
+    """
+    rows, names = _shared({"baseline": baseline, "ceiling": ceiling}, metrics)
+    out = []
+    for name in names:
+        higher = _higher(name)
+        if higher is None:
+            continue
+        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (baseline, ceiling)])
+        ok = np.isfinite(values).all(axis=1)
+        record: dict[str, Any] = {
+            "metric": name,
+            "n": int(ok.sum()),
+            "perfect": METRICS[name].best,
+            "believable": False,
+        }
+        if ok.any():
+            v = values[ok]
+            best = float(METRICS[name].best)  # type: ignore[arg-type]
+            sign = 1.0 if higher else -1.0
+            wins = np.where(v[:, 0] == v[:, 1], 0.5, (sign * (v[:, 1] - v[:, 0]) > 0).astype(float))
+            negative, positive = v.mean(axis=0)
+            record.update(negative=negative, positive=positive, bds=wins.mean())
+            record["drf"] = (negative - positive) / (negative - best) if negative != best else np.nan
+            if len(v) > 1 and METRICS[name].level != "set":
+                weights = _resampler(np.asarray(rows, dtype=object)[ok], None, n_boot, random_state)
+                neg, pos, won = (_weighted_means(x, weights) for x in (v[:, 0], v[:, 1], wins))
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    drf = np.where(neg != best, (neg - pos) / (neg - best), np.nan)
+                record["drf_lower"] = float(np.nanpercentile(drf, 2.5)) if np.isfinite(drf).any() else np.nan
+                record["bds_lower"] = float(np.nanpercentile(won, 2.5))
+                record["believable"] = bool(record["drf_lower"] > 0 and record["bds_lower"] > 0.5)
+        out.append(record)
+    columns = ["negative", "positive", "perfect", "drf", "drf_lower", "bds", "bds_lower", "believable", "n"]
+    return pd.DataFrame(out, columns=["metric", *columns]).set_index("metric")
