@@ -6,7 +6,7 @@ Three steps, each a function of its own: a network (:func:`random_network`), the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -332,26 +332,25 @@ def _by_held(held: np.ndarray) -> Iterator[tuple[np.ndarray, list[int]]]:
             yield np.flatnonzero(pattern == value), [s for s in range(held.shape[1]) if value >> s & 1]
 
 
-def stack(blocks: Iterator[sparse.csr_matrix], shape: tuple[int, int]) -> sparse.csr_matrix:
-    """One CSR matrix from blocks, which are let go one by one: little memory beyond the result."""
-    data, indices, lengths = [], [], []
-    for block in blocks:
-        data.append(block.data)
-        indices.append(block.indices)
-        lengths.append(np.diff(block.indptr))
-    lengths = np.concatenate(lengths)
+def stack(blocks: Iterable[sparse.csr_matrix], shape: tuple[int, int]) -> sparse.csr_matrix:
+    """One CSR matrix from blocks of rows; needs little memory beyond the result.
+
+    The two large arrays grow in place by the density seen so far, so that blocks are never held beside their copy.
+    """
+    data, indices = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int32)
     indptr = np.zeros(shape[0] + 1, dtype=np.int64)
-    np.cumsum(lengths, out=indptr[1:])
-    joined = []
-    for parts, dtype in ((data, np.float32), (indices, np.int32)):
-        out = np.empty(indptr[-1], dtype=dtype)
-        start = 0
-        parts.reverse()
-        while parts:
-            part = parts.pop()
-            out[start : start + len(part)] = part
-            start += len(part)
-        joined.append(out)
+    row = 0
+    for block in blocks:
+        start, end = indptr[row], indptr[row] + block.nnz
+        indptr[row : row + block.shape[0] + 1] = start + block.indptr
+        row += block.shape[0]
+        if end > len(data):
+            room = int(min(1.02 * end / row * shape[0], shape[0] * shape[1])) + 1
+            data.resize(max(room, end), refcheck=False)
+            indices.resize(max(room, end), refcheck=False)
+        data[start:end], indices[start:end] = block.data, block.indices
+    data.resize(indptr[-1], refcheck=False)
+    indices.resize(indptr[-1], refcheck=False)
     if indptr[-1] <= np.iinfo(np.int32).max:
         indptr = indptr.astype(np.int32)
-    return sparse.csr_matrix((joined[0], joined[1], indptr), shape=shape)
+    return sparse.csr_matrix((data, indices, indptr), shape=shape)

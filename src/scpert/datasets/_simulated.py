@@ -37,9 +37,9 @@ class _Platform(NamedTuple):
 
 
 _PLATFORMS = {
-    "selected": _Platform(-0.5, 1.7, 4.6, 0.45, 0.45),
+    "selected": _Platform(0.0, 1.65, 4.6, 0.45, 0.45),
     "transcriptome": _Platform(-8.8, 4.4, 3.8, 0.41, 0.6),
-    "targeted": _Platform(0.3, 2.37, 6.0, 0.57, 0.38),
+    "targeted": _Platform(0.4, 2.0, 6.0, 0.45, 0.13),
 }
 
 
@@ -60,12 +60,12 @@ def simulated(
     n_regulators: int | None = None,
     mean_out_degree: float | None = None,
     degree_exponent: float = 2.5,
-    strength: float = 0.4,
+    strength: float = 0.6,
     activators: float = 0.7,
     depth: int = 3,
     cycles: bool = False,
     max_radius: float = 0.8,
-    saturation: float | None = None,
+    saturation: float | None = 3.0,
     n_modules: int | None = None,
     module_share: float = 0.6,
     noise: float = 0.3,
@@ -76,7 +76,129 @@ def simulated(
     n_donors: int = 2,
     batch_sd: float = 0.1,
 ) -> AnnData:
-    """Simulate a screen whose network, effects and interactions are known."""
+    r"""Simulate a screen whose network, effects and interactions are known.
+
+    A sparse signed network :math:`A` (row regulates column) is drawn with power-law out-degrees. A perturbation holds
+    its targets :math:`T` at a level :math:`d` (log fold change); what regulates them is cut, and all other genes move
+    to the steady state
+
+    .. math::
+
+        \delta_T = d, \qquad
+        \delta_g = s \tanh\Bigl(\frac1s \sum_h A_{hg}\,\delta_h\Bigr) \quad (g \notin T),
+
+    which without saturation (:math:`s \to \infty`) is :math:`\delta = d_T (I - A^{(T)})^{-1}`, :math:`A^{(T)}` being
+    :math:`A` with the columns of :math:`T` set to zero. Counts of gene :math:`g` in cell :math:`c` are
+
+    .. math::
+
+        x_{cg} \sim \operatorname{NB}\bigl(m_{cg},\ m_{cg} + \phi_g m_{cg}^2\bigr), \qquad
+        \log m_{cg} = \log l_c + \mu_g + z_c\,\delta_{p(c) g} + b_{g,\text{batch}} + b_{g,\text{donor}}
+        + \bigl(\varepsilon_c (I - A)^{-1}\bigr)_g
+
+    with log-normal cell sizes :math:`l_c`, :math:`z_c \sim \operatorname{Bernoulli}(\text{penetrance})`, and
+    disturbances :math:`\varepsilon_c` of the regulators, which pass through the same network (but not through genes
+    that the perturbation holds), so that genes are correlated in control cells too.
+
+    The effect of a combination ``A+B`` is :math:`c_1 \delta_A + c_2 \delta_B` but for its targets, which stay at their
+    own levels. Classes in turn: ``additive`` (1, 1), ``synergistic`` (1.6, 1.6), ``suppressive`` (0.4, 0.4),
+    ``epistatic`` (1, 0: the first masks the second).
+
+    Parameters
+    ----------
+    n_cells
+        Cells in all, controls included.
+    n_genes
+        Genes; from 100 genes on, a few are mitochondrial (``MT-...``) and outside the network.
+    n_targets
+        Perturbed genes, all measured; each is a perturbation of its own. Regulators first, then other genes. By
+        default 20, at most half of the genes.
+    n_combinations
+        Pairs of targets that are perturbed together; by default 8, as far as there are pairs.
+    random_state
+        Seed: the same arguments give the same screen.
+    mode
+        ``"knockdown"``, ``"knockout"`` or ``"activation"``.
+    platform
+        What means, variances and zeros resemble: ``"selected"`` (expressed genes chosen for analysis; lies between
+        the two others), ``"transcriptome"`` (any genes of a droplet screen: 96 % zeros) or ``"targeted"`` (a
+        panel sequenced deeply: 40 % zeros).
+    effect_size
+        Factor on all log effects, also on the targets' own; 0 gives a screen without any effect.
+    target_level
+        Mean expression of a hit target relative to control; 1 minus the efficiency. By default 0.22 (knock-down), 0.02
+        (knock-out) or 7.5 (activation); it varies between targets.
+    penetrance
+        Share of the cells with a guide that are perturbed in truth.
+    control_fraction
+        Share of control cells (at least one).
+    cells_per_perturbation
+        If given, sets the number of cells of each perturbation, and ``n_cells`` is not used.
+    n_regulators
+        Genes with outgoing edges; by default as many as there are targets, at least a tenth and at most half of the
+        genes.
+    mean_out_degree, degree_exponent
+        Mean and exponent (above 2) of the power law of out-degrees; the mean is by default 5 % of the genes, at
+        least 3.
+    strength
+        Mean absolute weight of an edge; 0 leaves only the effects on the targets themselves.
+    activators
+        Share of positive edges.
+    depth
+        Length of the longest path. Edges go from higher to lower levels only, unless ``cycles``.
+    cycles
+        Whether edges may go in any direction. The weights are then scaled so that the spectral radius of ``abs(A)``
+        is at most ``max_radius``.
+    max_radius
+        See ``cycles``; below 1, so that every perturbation has a steady state.
+    saturation
+        Largest indirect log effect :math:`s`; ``None`` for a linear response.
+    n_modules
+        Groups of regulators that share targets (``module_share`` of them, with like weights), and so have similar
+        effects; by default one for five regulators, none below ten. ``uns["truth"]["annotations"]`` tells them.
+    module_share
+        See ``n_modules``.
+    noise
+        Standard deviation of the disturbances of the (at most 200 most connected) regulators in a cell, natural log.
+    library_size
+        Mean counts of a good cell; by default the platform's.
+    dispersion
+        Median over-dispersion :math:`\phi`; by default the platform's.
+    quality_fail
+        Share of failed cells: 10 to 30 % of the counts and six times the mitochondrial share.
+    n_batches, n_donors
+        Levels of the two covariates.
+    batch_sd
+        Standard deviation of the covariates' effects on genes, natural log.
+
+    Returns
+    -------
+    AnnData
+        ``X``: integer counts, CSR float32 ``(cell, gene)``.
+
+        ``obs``: ``perturbation``; ``perturbed`` (bool, the truth); ``batch``, ``donor``; ``quality_fail_truth`` (bool).
+
+        ``var``: ``regulator``, ``target`` (bool); ``mean`` (expected counts), ``dispersion``.
+
+        ``uns["truth"]``: ``net`` (direct effects: ``source``, ``target``, ``weight``); ``effects`` (total effects of a
+        perturbed cell, natural log fold change: ``source`` is the perturbation, ``target`` the gene, all others are
+        zero); ``interactions`` (``perturbation``, ``first``, ``second``, ``class``, ``c1``, ``c2``);
+        ``annotations`` (``gene``, ``term``); ``parameters``.
+
+    Raises
+    ------
+    ScpertError
+        If arguments are out of range or do not fit each other.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5, n_combinations=2)
+    >>> adata.shape
+    (300, 40)
+    >>> list(adata.uns["truth"]["interactions"]["class"])
+    ['additive', 'synergistic']
+    """
     import anndata as ad
 
     rng = np.random.default_rng(random_state)
@@ -133,7 +255,7 @@ def simulated(
         check_positive("saturation", saturation)
 
     # genes: mitochondrial ones last, outside the network
-    n_mito = min(len(_MITO), n_genes // 50, n_genes - n_targets)
+    n_mito = min(len(_MITO), max(n_genes // 150, int(n_genes >= 100)), n_genes - n_targets)
     n_free = n_genes - n_mito
     if n_regulators is None:
         n_regulators = max(1, min(n_free // 2, max(n_targets, n_free // 10)))
