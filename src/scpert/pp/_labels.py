@@ -166,6 +166,9 @@ class _Reader:
             if all(p in self.known for p in pieces):
                 return None
             return [part]
+        if any(re.fullmatch("[a-z]+", p) and p not in self.known and not self.is_control(p) for p in pieces):
+            if not self.is_control("_".join(pieces[1:])):
+                return [part]  # GATA1_enh: a word, which names an element of the gene
         for cut in range(1, len(pieces)):  # A_NegCtrl0, NT_A, A_non_targeting
             left, right = "_".join(pieces[:cut]), "_".join(pieces[cut:])
             if self.is_control(left) or self.is_control(right):

@@ -227,7 +227,7 @@ class _Splitter:
         candidates = sorted({t for n in combos for t in self.targets[n] if t in alone})
         hold_out = bool({0, 1} & set(seen)) and len(candidates) >= self.parts and (self.fractions[1:] > 0).any()
         missing = frozenset(t for n in combos for t in self.targets[n] if t not in alone)
-        best: tuple[int, dict[str, int]] | None = None
+        best: tuple[int, dict[str, int]] = (-1, {})
         for _ in range(_DRAWS):
             of_target: dict[str, int] = {}
             if hold_out:
@@ -257,9 +257,8 @@ class _Splitter:
             score = (
                 10 * sum(code == 2 for code, _ in strata) + sum(code == 1 for code, _ in strata) + ((0, 2) in strata)
             )
-            if best is None or score > best[0]:
+            if score > best[0]:
                 best = (score, of_label)
-        assert best is not None  # noqa: S101 - _DRAWS > 0; for the type checker
         of_label = best[1]
         if self.fractions[2] > 0 and not any(of_label[n] == 2 for n in combos):
             raise SplitError(f"The {len(combos)} combinations leave none for test. Use other fractions.")
