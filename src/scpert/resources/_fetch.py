@@ -133,57 +133,45 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
-    import requests
+    import pooch
+    from requests.exceptions import ChunkedEncodingError, HTTPError, RequestException
     from tqdm.auto import tqdm
 
     by_hand = "Or download it by hand and pass the file as path=."
-    received = 0
+    # pooch sets the total; with none it would take the bar for absent
+    bar = tqdm(
+        total=1,
+        desc=url.rsplit("/", 1)[-1][:40],
+        unit="B",
+        unit_scale=True,
+        disable=not settings.progress,
+        delay=0.5,
+        leave=False,
+    )
+    # identity: with a compressed transfer, the length received could not be compared with the length announced
+    get = pooch.HTTPDownloader(
+        progressbar=bar, chunk_size=1 << 20, timeout=timeout, headers={"Accept-Encoding": "identity"}
+    )
     try:
-        # identity: with a compressed transfer the length sent could not be compared with the length announced
-        with requests.get(url, stream=True, timeout=timeout, headers={"Accept-Encoding": "identity"}) as response:
-            if not response.ok:
-                raise DownloadError(
-                    f"The server answered {response.status_code} ({response.reason}) for {url}. The file may have "
-                    f"moved, or the server is overloaded: look at the address in a browser, try again later. {by_hand}"
-                )
-            announced = response.headers.get("Content-Length")
-            total = int(announced) if announced and "Content-Encoding" not in response.headers else None
-            with (
-                open(part, "wb") as handle,
-                tqdm(
-                    total=total,
-                    desc=url.rsplit("/", 1)[-1][:40],
-                    unit="B",
-                    unit_scale=True,
-                    disable=not settings.progress,
-                    delay=0.5,
-                    leave=False,
-                ) as bar,
-            ):
-                for block in response.iter_content(1 << 20):
-                    handle.write(block)
-                    received += len(block)
-                    bar.update(len(block))
-    except requests.exceptions.ChunkedEncodingError as error:
-        raise DownloadError(_cut_off(url, received, None, by_hand)) from error
-    except requests.RequestException as error:
+        get(url, str(part), None)
+    except HTTPError as error:
+        answer = f"{error.response.status_code} ({error.response.reason})" if error.response is not None else str(error)
+        raise DownloadError(
+            f"The server answered {answer} for {url}. The file may have moved, or the server is overloaded: look at the "
+            f"address in a browser, try again later. {by_hand}"
+        ) from error
+    except ChunkedEncodingError as error:
+        raise DownloadError(
+            f"The download of {url} was cut off; nothing was kept ({error}). Check the connection and try again. {by_hand}"
+        ) from error
+    except RequestException as error:
         raise DownloadError(
             f"Cannot download {url}: {error}. Check the connection (and a proxy), or try again later. {by_hand}"
         ) from error
     except OSError as error:
-        if isinstance(error, DownloadError):
-            raise
         raise DownloadError(
             f"Cannot write the download of {url} into {part.parent}: {error}. Free some space, or set "
             "scpert.settings.cache_dir to another folder."
         ) from error
-    if total is not None and received != total:
-        raise DownloadError(_cut_off(url, received, total, by_hand))
-
-
-def _cut_off(url: str, received: int, total: int | None, by_hand: str) -> str:
-    of = f" of {total:,}" if total is not None else ""
-    return (
-        f"The download of {url} was cut off after {received:,}{of} bytes; nothing was kept. Check the connection and "
-        f"try again. {by_hand}"
-    )
+    finally:
+        bar.close()
