@@ -2,5 +2,12 @@
 
 from ._effects import perturbation_effects
 from ._grn import infer_grn
+from ._interactions import INTERACTION_THRESHOLDS, evaluate_interactions, genetic_interactions
 
-__all__ = ["infer_grn", "perturbation_effects"]
+__all__ = [
+    "INTERACTION_THRESHOLDS",
+    "evaluate_interactions",
+    "genetic_interactions",
+    "infer_grn",
+    "perturbation_effects",
+]

@@ -1,0 +1,709 @@
+"""Genetic interactions: how the shift of a combination follows from the shifts of its single perturbations."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from math import comb, sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import _keys as K
+from .._checks import check_fraction, check_positive, listing
+from .._progress import progress
+from ..data import Screen, canonical, parse
+from ..errors import MissingKeyError, ScpertError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = [
+    "INTERACTION_THRESHOLDS",
+    "distance_correlation",
+    "evaluate_interactions",
+    "genetic_interactions",
+    "theil_sen",
+]
+
+logger = logging.getLogger("scpert")
+
+#: Limits of the classes, in the order in which they are tried: see :func:`genetic_interactions`.
+INTERACTION_THRESHOLDS = {
+    "neomorphism_fit": 0.5,
+    "neomorphism_strength": 0.5,
+    "redundancy_similarity": 0.7,
+    "redundancy_magnitude": 0.75,
+    "epistasis_dominance": 0.6,
+    "synergy_magnitude": 1.25,
+    "suppression_magnitude": 0.75,
+}
+CLASSES = ("synergy", "suppression", "additive", "epistasis", "redundancy", "neomorphism")
+_LEAST = 1e-3  # coefficients below count as this in the dominance, which stays finite
+
+
+# ---------------------------------------------------------------------------------------------- Theil-Sen
+
+
+def _subsets(n: int, k: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """All subsets of ``k`` of ``n`` rows if there are at most ``most``, else so many random ones; ``(subset, k)``."""
+    if comb(n, k) <= most:
+        return np.array(list(combinations(range(n), k)), dtype=np.int64).reshape(-1, k)
+    drawn = rng.integers(n, size=(most, k))
+    for _ in range(100):
+        ordered = np.sort(drawn, axis=1)
+        again = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        if not again.any():
+            break
+        drawn[again] = rng.integers(n, size=(int(again.sum()), k))
+    return drawn
+
+
+def _spatial_median(points: np.ndarray, weights: np.ndarray, tolerance: float = 1e-7, most: int = 500) -> np.ndarray:
+    """Point of the least weighted sum of distances to ``points`` ``(n, k)``: Weiszfeld's iteration."""
+    if points.shape[1] == 1:
+        order = np.argsort(points[:, 0], kind="stable")
+        half = np.cumsum(weights[order]) / weights.sum()
+        at = int(np.searchsorted(half, 0.5 - 1e-12))
+        low = points[order[at], 0]
+        exact = abs(half[at] - 0.5) < 1e-12 and at + 1 < len(points)
+        return np.array([(low + points[order[at + 1], 0]) / 2 if exact else low])
+    median = np.median(points, axis=0)
+    for _ in range(most):
+        away = points - median
+        distance = np.sqrt(np.einsum("ij,ij->i", away, away))
+        pull = weights / np.maximum(distance, 1e-12)
+        following = pull @ points / pull.sum()
+        moved = np.abs(following - median).max()
+        median = following
+        if moved < tolerance * max(1.0, np.abs(median).max()):
+            break
+    return median
+
+
+def _solve(X: np.ndarray, y: np.ndarray, subsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exact solutions of the subsets' equations and the absolute determinants; singular ones are left out."""
+    k = X.shape[1]
+    if k == 2:
+        i, j = subsets[:, 0], subsets[:, 1]
+        determinant = X[i, 0] * X[j, 1] - X[i, 1] * X[j, 0]
+        size = np.abs(X[i, 0] * X[j, 1]) + np.abs(X[i, 1] * X[j, 0])
+        good = np.abs(determinant) > 1e-10 * np.maximum(size, np.finfo(float).tiny)
+        i, j, determinant = i[good], j[good], determinant[good]
+        first = (y[i] * X[j, 1] - y[j] * X[i, 1]) / determinant
+        second = (X[i, 0] * y[j] - X[j, 0] * y[i]) / determinant
+        return np.column_stack([first, second]), np.abs(determinant)
+    A = X[subsets]
+    determinant = np.abs(np.linalg.det(A))
+    good = determinant > 1e-10 * np.maximum(np.prod(np.linalg.norm(A, axis=2), axis=1), np.finfo(float).tiny)
+    return np.linalg.solve(A[good], y[subsets[good]][..., None])[..., 0], determinant[good]
+
+
+def theil_sen(
+    X: np.ndarray,
+    y: np.ndarray,
+    *,
+    weighted: bool = True,
+    max_subsets: int = 10_000,
+    random_state: int = 0,
+    subsets: np.ndarray | None = None,
+) -> np.ndarray:
+    r"""Theil-Sen regression through the origin: spatial median of exact solutions of small subsets.
+
+    Each subset of as many rows as there are columns is solved exactly; the coefficients are the spatial median of
+    these solutions. With ``weighted=False`` this is :class:`sklearn.linear_model.TheilSenRegressor` without intercept.
+    With weights, a subset counts by its absolute determinant :math:`|\det X_S|`: subsets of rows that hold no signal
+    have near-zero determinants and arbitrary solutions. (With :math:`(\det X_S)^2` and the mean in place of the median
+    it would be least squares, by Jacobi's theorem.)
+
+    Parameters
+    ----------
+    X
+        ``(row, column)``.
+    y
+        ``(row,)``.
+    weighted
+        Whether subsets count by their determinant.
+    max_subsets
+        So many random subsets, if there are more.
+    random_state
+        Seed of the random subsets.
+    subsets
+        Rows of each subset ``(subset, column)``, instead of drawing them.
+
+    Returns
+    -------
+    Coefficients ``(column,)``; NaN if no subset can be solved.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> X = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+    >>> theil_sen(X, X @ [0.5, 1.5]).round(6).tolist()
+    [0.5, 1.5]
+    """
+    X, y = np.asarray(X, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if X.ndim != 2 or y.shape != (len(X),):
+        raise ScpertError(f"X must be (row, column) and y (row,); got shapes {X.shape} and {y.shape}.")
+    if len(X) < X.shape[1]:
+        return np.full(X.shape[1], np.nan)
+    if subsets is None:
+        subsets = _subsets(len(X), X.shape[1], max_subsets, np.random.default_rng(random_state))
+    points, determinant = _solve(X, y, subsets)
+    if len(points) == 0:
+        return np.full(X.shape[1], np.nan)
+    return _spatial_median(points, determinant if weighted else np.ones(len(points)))
+
+
+# ---------------------------------------------------------------------------------------------- distance correlation
+
+
+def _row_sums(x: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Sum over j of ``|x_i - x_j|`` for every i."""
+    n = len(x)
+    ordered = x[order]
+    below = np.cumsum(ordered) - ordered
+    sums = ordered * (2 * np.arange(n) - n + 1) - 2 * below + ordered.sum() - ordered
+    out = np.empty(n)
+    out[order] = sums
+    return out
+
+
+def _product_sum(x: np.ndarray, y: np.ndarray) -> float:
+    """Sum over all ordered pairs of ``|x_i - x_j| |y_i - y_j|`` in O(n log^2 n).
+
+    In the order of x, ``(x_j - x_i)`` is never negative, so the sum is that of ``(x_j - x_i)(y_j - y_i)`` over pairs,
+    with the pairs turned round in which y falls. Those in which y rises are found by merging neighbouring blocks.
+    """
+    n = len(x)
+    order = np.argsort(x, kind="stable")
+    x, y = x[order], y[order]
+    rank = np.empty(n, dtype=np.int64)
+    rank[np.argsort(y, kind="stable")] = np.arange(n)
+    plain = n * (x @ y) - x.sum() * y.sum()  # over unordered pairs
+    rising = 0.0
+    position = np.arange(n)
+    values = np.stack([np.ones(n), x, y, x * y])
+    width = 1
+    while width < n:
+        merged = np.argsort(position // (2 * width) * n + rank, kind="stable")
+        left = (merged // width) % 2 == 0
+        sums = np.cumsum(values[:, merged] * left, axis=1)
+        block = merged // (2 * width)
+        first = np.searchsorted(block, block)  # start of each element's block
+        before = np.where(first > 0, sums[:, np.maximum(first, 1) - 1], 0.0)
+        count, sum_x, sum_y, sum_xy = (sums - before)[:, ~left]
+        xr, yr = x[merged[~left]], y[merged[~left]]
+        rising += float(np.sum(count * xr * yr - yr * sum_x - xr * sum_y + sum_xy))
+        width *= 2
+    return 2 * (2 * rising - plain)
+
+
+def _moments_1d(x: np.ndarray, y: np.ndarray) -> float:
+    """Squared distance covariance (V-statistic) of two samples of numbers."""
+    n = len(x)
+    a = _row_sums(x, np.argsort(x, kind="stable"))
+    b = _row_sums(y, np.argsort(y, kind="stable"))
+    return _product_sum(x, y) / n**2 - 2 * float(a @ b) / n**3 + float(a.sum() * b.sum()) / n**4
+
+
+def _moments_nd(x: np.ndarray, y: np.ndarray, block: int = 512) -> tuple[float, float, float]:
+    """Squared distance covariance of x with y, x with x, y with y; blocks of the distance matrices at a time."""
+    n = len(x)
+    rows = {"a": np.empty(n), "b": np.empty(n)}
+    products = np.zeros(3)
+    for start in range(0, n, block):
+        part = slice(start, start + block)
+        a = np.sqrt(((x[part, None, :] - x[None, :, :]) ** 2).sum(axis=2))
+        b = np.sqrt(((y[part, None, :] - y[None, :, :]) ** 2).sum(axis=2))
+        products += [np.einsum("ij,ij->", p, q) for p, q in ((a, b), (a, a), (b, b))]
+        rows["a"][part], rows["b"][part] = a.sum(axis=1), b.sum(axis=1)
+    pairs = (("a", "b"), ("a", "a"), ("b", "b"))
+    cov, var_x, var_y = (
+        products[i] / n**2 - 2 * (rows[p] @ rows[q]) / n**3 + rows[p].sum() * rows[q].sum() / n**4
+        for i, (p, q) in enumerate(pairs)
+    )
+    return float(cov), float(var_x), float(var_y)
+
+
+def distance_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Distance correlation of two samples (Szekely, Rizzo and Bakirov 2007), between 0 (independent) and 1.
+
+    Parameters
+    ----------
+    x, y
+        ``(n,)`` or ``(n, k)``.
+
+    Returns
+    -------
+    The distance correlation; NaN if a sample is constant. Two vectors take O(n log^2 n), otherwise O(n^2).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.arange(10.0)
+    >>> round(distance_correlation(x, 3 - 2 * x), 6)
+    1.0
+    """
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(x) != len(y) or len(x) < 2:
+        raise ScpertError(f"x and y need the same length of at least 2; got {len(x)} and {len(y)}.")
+    x, y = (v[:, 0] if v.ndim == 2 and v.shape[1] == 1 else v for v in (x, y))
+    if x.ndim == 1 and y.ndim == 1:
+        scale_x, scale_y = np.ptp(x), np.ptp(y)
+        if scale_x == 0 or scale_y == 0:
+            return float("nan")
+        x, y = (x - x.mean()) / scale_x, (y - y.mean()) / scale_y
+        cov, var_x, var_y = _moments_1d(x, y), _moments_1d(x, x), _moments_1d(y, y)
+    else:
+        cov, var_x, var_y = _moments_nd(x.reshape(len(x), -1), y.reshape(len(y), -1))
+    if var_x <= 1e-15 * max(1.0, var_y) or var_y <= 1e-15 * max(1.0, var_x):
+        return float("nan")
+    return float(sqrt(min(1.0, max(cov, 0.0) / sqrt(var_x * var_y))))
+
+
+# ---------------------------------------------------------------------------------------------- one combination
+
+
+def _measures(X: np.ndarray, y: np.ndarray, subsets: np.ndarray, weighted: bool, full: bool) -> dict[str, float]:
+    """All measures of one combination: ``X`` the singles' shifts ``(gene, k)``, ``y`` the combination's."""
+    k = X.shape[1]
+    c = theil_sen(X, y, weighted=weighted, subsets=subsets)
+    out = {f"c{i + 1}": float(c[i]) for i in range(k)}
+    out["magnitude"] = float(np.linalg.norm(c))
+    out["model_fit"] = distance_correlation(X @ c, y) if np.isfinite(c).all() else np.nan
+    each = np.array([distance_correlation(X[:, i], y) for i in range(k)])
+    out["equality"] = float(each.min() / each.max()) if np.isfinite(each).all() and each.max() > 0 else np.nan
+    between = [distance_correlation(X[:, i], X[:, j]) for i, j in combinations(range(k), 2)]
+    out["similarity_singles"] = float(np.min(between))
+    size = np.maximum(np.abs(c), _LEAST)
+    out["dominance"] = float(np.log10(size.max() / size.min()))
+    strongest = np.linalg.norm(X, axis=0).max()
+    out["strength"] = float(np.linalg.norm(y) / strongest) if strongest > 0 else np.nan
+    if full:
+        out["similarity"] = distance_correlation(X, y)
+    return out
+
+
+def _classify(m: Mapping[str, float], k: int, limits: Mapping[str, float]) -> str:
+    """Class of a combination of ``k`` targets by the stated thresholds."""
+    relative = m["magnitude"] / sqrt(k)
+    if not np.isfinite(relative):
+        return "undetermined"
+    if m["model_fit"] < limits["neomorphism_fit"] and m["strength"] >= limits["neomorphism_strength"]:
+        return "neomorphism"
+    if m["similarity_singles"] >= limits["redundancy_similarity"] and relative <= limits["redundancy_magnitude"]:
+        return "redundancy"
+    if m["dominance"] >= limits["epistasis_dominance"]:
+        return "epistasis"
+    if relative >= limits["synergy_magnitude"]:
+        return "synergy"
+    if relative <= limits["suppression_magnitude"]:
+        return "suppression"
+    return "additive"
+
+
+class _Shifts:
+    """Shifts from control, their errors and resampled shifts, of measured and predicted perturbations."""
+
+    def __init__(self, screen: Screen, n_boot: int, random_state: int):
+        self.screen = screen
+        self.effects = screen.scale == K.SCALE_EFFECTS
+        moments = screen.moments(progress=lambda chunks: progress(chunks, description="means", unit="chunk"))
+        self.row = {str(g): i for i, g in enumerate(moments.groups)}
+        self.n = moments.n
+        self.mean, var = moments.mean, moments.var
+        if self.effects:
+            self.control_mean = np.zeros(len(screen.genes))
+            self.se2 = np.full_like(self.mean, np.nan)
+            self.control_se2 = self.control_sd = np.full(len(screen.genes), np.nan)
+        else:
+            control = self.row[screen.control]
+            self.control_mean = self.mean[control]
+            self.se2 = var / moments.n[:, None]
+            self.control_se2, self.control_sd = self.se2[control], np.sqrt(var[control])
+        self.n_boot = 0 if self.effects else n_boot
+        self.random_state = random_state
+        self._control_boot: np.ndarray | None = None
+
+    def shift(self, label: str) -> np.ndarray:
+        return self.mean[self.row[label]] - self.control_mean
+
+    def zscore(self, label: str) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.abs(self.shift(label)) / np.sqrt(self.se2[self.row[label]] + self.control_se2)
+        return np.nan_to_num(z, nan=0.0, posinf=0.0)
+
+    def _resampled(self, label: str) -> np.ndarray:
+        """Means of resampled cells ``(n_boot, gene)``; a label's draws do not depend on which others are asked for."""
+        index = np.flatnonzero(self.screen.labels == label)
+        rng = np.random.default_rng([self.random_state, zlib.crc32(label.encode())])
+        out = np.zeros((self.n_boot, len(self.screen.genes)))
+        counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=self.n_boot)
+        for start in range(0, len(index), 4096):
+            block = self.screen.rows(index[start : start + 4096])
+            out += np.asarray((block.T @ counts[:, start : start + 4096].T).T)
+        return out / len(index)
+
+    def resampled_shift(self, label: str) -> np.ndarray:
+        if self._control_boot is None:
+            self._control_boot = self._resampled(self.screen.control)
+        return self._resampled(label) - self._control_boot
+
+
+def _predicted_shifts(predicted: AnnData, genes: pd.Index, key: str, control: str) -> dict[str, np.ndarray]:
+    """Predicted shifts by canonical label, over the genes of the data (NaN where not predicted)."""
+    if K.DELTA not in predicted.layers:
+        raise MissingKeyError(
+            "predicted has no layers['delta']: pass what a model's predict_perturbation returned (rows are perturbations)."
+        )
+    column = key if key in predicted.obs else K.PERTURBATION
+    if column not in predicted.obs:
+        raise MissingKeyError(f"predicted.obs has no column {key!r} with the perturbations' labels.")
+    position = predicted.var_names.get_indexer(genes)
+    if not (position >= 0).any():
+        raise ScpertError(
+            f"predicted shares no gene with the data: it has {listing(predicted.var_names, 4)}, the data "
+            f"{listing(genes, 4)}. Predict with the same gene names."
+        )
+    layer: Any = predicted.layers[K.DELTA]
+    delta = np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, dtype=np.float64)
+    labels = np.array([canonical(str(x), control) for x in predicted.obs[column]], dtype=object)
+    out = {}
+    for label in dict.fromkeys(labels):
+        mean = delta[labels == label].mean(axis=0)
+        out[str(label)] = np.where(position >= 0, mean[np.maximum(position, 0)], np.nan)
+    return out
+
+
+def genetic_interactions(
+    adata: AnnData,
+    *,
+    perturbation_key: str = K.PERTURBATION,
+    control: str = K.CONTROL,
+    predicted: AnnData | None = None,
+    n_boot: int = 100,
+    layer: str | None = None,
+    scale: str = K.SCALE_AUTO,
+    library_size_key: str | None = None,
+    genes: Iterable[str] | None = None,
+    min_zscore: float = 3.0,
+    min_genes: int = 50,
+    weighted: bool = True,
+    max_subsets: int = 10_000,
+    confidence: float = 0.95,
+    thresholds: Mapping[str, float] | None = None,
+    key_added: str = K.INTERACTIONS,
+    random_state: int = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    r"""Genetic interactions of the combinations, measured and predicted.
+
+    The shift of a combination is explained by those of its single perturbations, gene by gene (Norman et al. 2019),
+
+    .. math:: \delta_{ab} = c_1\,\delta_a + c_2\,\delta_b + \epsilon,
+
+    by Theil-Sen regression over the genes with a detectable shift, each divided by its
+    standard error. Dividing leaves every subset's solution as it is, but lets precise genes count more.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes with combinations (``A+B``, any number of targets) and their single perturbations; or effects
+        (``scale="effects"``), which have no limits.
+    perturbation_key, control
+        Column of the labels; label of the control.
+    predicted
+        What ``predict_perturbation`` returned: its combinations are analysed too. Their singles are taken from the data
+        if measured there, else from the prediction.
+    n_boot
+        Resamplings of cells (controls, singles and combination) for the limits; 0: none.
+    layer, scale, library_size_key
+        Where the values are, what they are, and the column with the full library size.
+    genes
+        Genes to use; by default those with a z-score of at least ``min_zscore`` in any single or in the measured
+        combination, and at least the ``min_genes`` highest. The combination's own targets are always left out.
+    min_zscore, min_genes
+        See ``genes``.
+    weighted, max_subsets
+        Theil-Sen solves small subsets of genes exactly and takes the spatial median of the solutions. A subset counts
+        by its absolute determinant, or, with ``weighted=False``, like any other: the plain estimator of the literature
+        (scikit-learn's), which noisy genes draw towards zero. Of more than ``max_subsets`` subsets so many are drawn.
+    confidence
+        Of the limits.
+    thresholds
+        Replaces some of :data:`scpert.tl.INTERACTION_THRESHOLDS`.
+    key_added
+        Where the table is written.
+    random_state
+        Seed of resampling and of random subsets.
+    copy
+        Return a copy with the table instead of writing into ``adata``.
+
+    Returns
+    -------
+    ``None``; writes ``adata.uns[key_added]``, a DataFrame with one row per combination and origin:
+
+    ``perturbation``, ``origin`` (``measured``, ``predicted``), ``n_targets``, ``n_cells``, ``n_genes`` (used)
+        What was analysed.
+    ``c1``, ``c2``, ...
+        Coefficients of the targets in alphabetical order (NaN beyond ``n_targets``).
+    ``magnitude``
+        :math:`\sqrt{c_1^2 + c_2^2 + \dots}`; :math:`\sqrt{k}` for k targets that add up.
+    ``model_fit``
+        Distance correlation of the fitted with the combination's shift.
+    ``equality``
+        Lowest over highest distance correlation of a single with the combination: 1, both contribute alike.
+    ``similarity``, ``similarity_singles``
+        Distance correlation of the singles together with the combination; lowest one between two singles.
+    ``dominance``
+        :math:`|\log_{10}(|c_1| / |c_2|)|` (highest over lowest; coefficients below 0.001 count as 0.001).
+    ``strength``
+        Length of the combination's shift over that of the stronger single.
+    ``class``, ``class_confidence``
+        See below; and the share of the resamplings with the same class.
+    ``<measure>_lower``, ``<measure>_upper``
+        Limits: basic bootstrap, :math:`2\hat\theta - q`, for all measures but ``similarity``.
+
+    Raises
+    ------
+    ScpertError
+        If there is no combination whose singles are there.
+
+    Notes
+    -----
+    The classes, with the relative magnitude :math:`m = \text{magnitude}/\sqrt{k}`, tried in this order: *neomorphism*:
+    model fit below 0.5 with a strength of at least 0.5; *redundancy*: singles similar by at least 0.7 and
+    :math:`m \le 0.75`; *epistasis*: dominance of at least 0.6 (one coefficient four times the other); *synergy*:
+    :math:`m \ge 1.25`; *suppression*: :math:`m \le 0.75`; else *additive*.
+
+    Noise in the singles' shifts draws the coefficients towards zero, whatever the estimator: read them beside
+    ``n_cells``.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=900, n_genes=60, n_targets=6, n_combinations=4)
+    >>> scpert.tl.genetic_interactions(adata, n_boot=20)
+    >>> len(adata.uns["genetic_interactions"])
+    4
+    """
+    check_fraction("confidence", confidence)
+    check_positive("n_boot", n_boot, zero=True)
+    check_positive("max_subsets", max_subsets)
+    check_positive("min_genes", min_genes)
+    limits = dict(INTERACTION_THRESHOLDS)
+    unknown = set(thresholds or ()) - set(limits)
+    if unknown:
+        raise ScpertError(f"thresholds has unknown names {listing(sorted(unknown))}; known are {listing(limits)}.")
+    limits.update(thresholds or {})
+    screen = Screen(
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        layer=layer,
+        scale=scale,
+        library_size_key=library_size_key,
+        allowed=K.SCALES,
+    )
+    chosen = np.ones(len(screen.genes), dtype=bool)
+    if genes is not None:
+        wanted = pd.Index([str(g) for g in genes])
+        absent = wanted.difference(screen.genes)
+        if len(absent):
+            raise ScpertError(f"genes names {listing(absent, 5)}, which are not in adata.var_names.")
+        chosen = np.asarray(screen.genes.isin(wanted))
+    guessed = {} if predicted is None else _predicted_shifts(predicted, screen.genes, perturbation_key, control)
+    measured = [p for p in screen.perturbations if len(parse(p, control)) > 1]
+    jobs = [("measured", p) for p in measured] + [("predicted", p) for p in guessed if len(parse(p, control)) > 1]
+    if not jobs:
+        raise ScpertError(
+            f"There is no combination among the perturbations (such as {listing(screen.perturbations, 5)}). "
+            "Combinations are labelled 'GENE_A+GENE_B': see scpert.pp.annotate_perturbations."
+        )
+    known = set(screen.perturbations)
+    lacking = {
+        p: [t for t in parse(p, control) if t not in known and (o == "measured" or t not in guessed)] for o, p in jobs
+    }
+    skipped = sorted(p for p, singles in lacking.items() if singles)
+    jobs = [(o, p) for o, p in jobs if not lacking[p]]
+    if not jobs:
+        raise ScpertError(
+            f"No combination can be analysed: each lacks a single perturbation (such as {listing(skipped[:1])}, which lacks "
+            f"{listing(lacking[skipped[0]])}). Measure the singles, or pass predicted= with them."
+        )
+    if skipped:
+        logger.warning("genetic_interactions: %d combinations lack a single: %s", len(skipped), listing(skipped))
+    shifts = _Shifts(screen, int(n_boot), random_state)
+    rows = []
+    for origin, label in progress(jobs, total=len(jobs), description="interactions", unit="combination"):
+        options = (limits, min_zscore, int(min_genes), weighted, int(max_subsets), confidence)
+        rows.append(_analyse(shifts, guessed, origin, label, control, chosen, *options))
+    table = pd.DataFrame(rows)
+    most = int(table["n_targets"].max())
+    ids = ["perturbation", "origin", "n_targets", "n_cells", "n_genes", "class", "class_confidence"]
+    measures = [f"c{i + 1}" for i in range(most)]
+    measures += ["magnitude", "model_fit", "equality", "similarity", "similarity_singles", "dominance", "strength"]
+    bounds = [f"{m}_{side}" for m in measures if m != "similarity" for side in ("lower", "upper")]
+    table = table.reindex(columns=ids[:5] + measures + ids[5:] + bounds)
+    numbers = table.columns.difference(["perturbation", "origin", "class"], sort=False)
+    table[numbers] = table[numbers].astype({c: np.int64 if c.startswith("n_") else np.float64 for c in numbers})
+    table.index = table.index.astype(str)
+    out = adata.copy() if copy else adata
+    out.uns[key_added] = table
+    return out if copy else None
+
+
+def _analyse(
+    shifts: _Shifts,
+    guessed: Mapping[str, np.ndarray],
+    origin: str,
+    label: str,
+    control: str,
+    chosen: np.ndarray,
+    limits: Mapping[str, float],
+    min_zscore: float,
+    min_genes: int,
+    weighted: bool,
+    max_subsets: int,
+    confidence: float,
+) -> dict[str, Any]:
+    singles = parse(label, control)
+    k = len(singles)
+    here = [t for t in singles if t in shifts.row]
+    X = np.column_stack([shifts.shift(t) if t in shifts.row else guessed[t] for t in singles])
+    y = shifts.shift(label) if origin == "measured" else guessed[label]
+    use = chosen & np.isfinite(X).all(axis=1) & np.isfinite(y) & ~shifts.screen.genes.isin(singles)
+    if shifts.effects:
+        unit = np.ones(len(y))
+    elif len(here) == k:
+        unit = np.sqrt(shifts.se2[[shifts.row[t] for t in singles]].sum(axis=0) + k * shifts.control_se2)
+    else:  # singles that were predicted have no error of their own
+        unit = shifts.control_sd
+    unit = np.where(np.isfinite(unit), unit, 0.0)
+    use &= unit > 0
+    if not chosen.all():
+        ranked = None
+    elif shifts.effects or not here:
+        ranked = np.abs(np.column_stack([X, y])).max(axis=1) / np.where(unit > 0, unit, np.inf)
+        least = np.inf
+    else:
+        ranked = np.max([shifts.zscore(p) for p in [*here, *([label] if label in shifts.row else [])]], axis=0)
+        least = min_zscore
+    if ranked is not None and use.sum() > min_genes:
+        ranked = np.where(use, ranked, -1.0)
+        use &= ranked >= min(least, np.sort(ranked)[-min_genes])
+    index = np.flatnonzero(use)
+    if len(index) <= k:
+        raise ScpertError(
+            f"{label}: only {len(index)} gene(s) can be used for {k} coefficients. Use more genes, or leave genes=None."
+        )
+    seed = np.random.default_rng([shifts.random_state, zlib.crc32(label.encode()), 1])
+    subsets = _subsets(len(index), k, max_subsets, seed)
+    scale = unit[index, None]
+    row: dict[str, Any] = _measures(X[index] / scale, y[index] / scale[:, 0], subsets, weighted, full=True)
+    kind = _classify(row, k, limits)
+    n_cells = int(shifts.n[shifts.row[label]]) if origin == "measured" else 0
+    row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(index))
+    row.update({"class": kind, "class_confidence": np.nan})
+    if shifts.n_boot and here:
+        drawn = {t: shifts.resampled_shift(t)[:, index] for t in here}
+        combined = shifts.resampled_shift(label)[:, index] if origin == "measured" else None
+        replicates = []
+        for b in range(shifts.n_boot):
+            Xb = np.column_stack([drawn[t][b] if t in drawn else guessed[t][index] for t in singles])
+            yb = guessed[label][index] if combined is None else combined[b]
+            replicates.append(_measures(Xb / scale, yb / scale[:, 0], subsets, weighted, full=False))
+        row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in replicates]))
+        tail = (1 - confidence) / 2
+        for name in replicates[0]:
+            values = np.array([r[name] for r in replicates])
+            values = values[np.isfinite(values)]
+            if len(values) > 1 and np.isfinite(row[name]):
+                low, high = np.quantile(values, [tail, 1 - tail])
+                row[f"{name}_lower"], row[f"{name}_upper"] = 2 * row[name] - high, 2 * row[name] - low
+    return row
+
+
+def evaluate_interactions(
+    interactions: AnnData | pd.DataFrame, *, k: int = 20, key: str = K.INTERACTIONS
+) -> pd.DataFrame:
+    """How well predicted interactions agree with the measured ones.
+
+    Parameters
+    ----------
+    interactions
+        The AnnData after :func:`genetic_interactions` with ``predicted=``, or its table.
+    k
+        Combinations called synergistic (highest magnitude) and suppressive (lowest), as in BioDSNN's figure 7.
+    key
+        Where the table is.
+
+    Returns
+    -------
+    DataFrame, one row per ``metric``: ``value``, ``chance`` (of a random ranking; NaN where it has no meaning) and
+    ``n`` (combinations measured and predicted). Metrics: ``synergy_recovery`` and ``suppression_recovery`` (share of
+    the k that are found), ``magnitude_pearson``, ``coefficients_pearson``, ``class_agreement``.
+
+    Raises
+    ------
+    ScpertError
+        If no combination is both measured and predicted.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from scpert.tl import evaluate_interactions
+    >>> row = dict(n_targets=2, c1=1.0, c2=0.5, magnitude=1.1)
+    >>> rows = [
+    ...     row | {"perturbation": p, "origin": o, "class": "additive"}
+    ...     for p in ("A+B", "C+D")
+    ...     for o in ("measured", "predicted")
+    ... ]
+    >>> evaluate_interactions(pd.DataFrame(rows), k=1)["n"].tolist()
+    [2, 2, 2, 2, 2]
+    """
+    check_positive("k", k)
+    if isinstance(interactions, pd.DataFrame):
+        table = interactions
+    elif key in interactions.uns:
+        table = interactions.uns[key]
+    else:
+        raise MissingKeyError(
+            f"adata.uns has no {key!r}. Call scpert.tl.genetic_interactions(adata, predicted=...) first."
+        )
+    parts = {o: table[table["origin"].astype(str) == o].set_index("perturbation") for o in ("measured", "predicted")}
+    both = parts["measured"].index.intersection(parts["predicted"].index)
+    if len(both) == 0:
+        raise ScpertError(
+            f"No combination is both measured ({len(parts['measured'])}) and predicted ({len(parts['predicted'])}). "
+            "Call genetic_interactions(adata, predicted=...) with predictions of measured combinations."
+        )
+    true, guess = parts["measured"].loc[both], parts["predicted"].loc[both]
+    size = {n: t["magnitude"] / np.sqrt(t["n_targets"]) for n, t in (("true", true), ("guess", guess))}
+    n, top = len(both), int(min(k, len(both)))
+
+    def found(highest: bool) -> float:
+        sign = -1 if highest else 1
+        order = [set(both[np.argsort(sign * size[x].to_numpy(), kind="stable")[:top]]) for x in ("true", "guess")]
+        return len(order[0] & order[1]) / top
+
+    def pearson(x: np.ndarray, y: np.ndarray) -> float:
+        good = np.isfinite(x) & np.isfinite(y)
+        x, y = x[good], y[good]
+        return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0 else np.nan
+
+    columns = [c for c in table.columns if c[:1] == "c" and c[1:].isdigit()]
+    flat = [t[columns].to_numpy(dtype=float).ravel() for t in (true, guess)]
+    agree = (true["class"].astype(str).to_numpy() == guess["class"].astype(str).to_numpy()).mean()
+    rows = [
+        ("synergy_recovery", found(True), top / n),
+        ("suppression_recovery", found(False), top / n),
+        ("magnitude_pearson", pearson(size["true"].to_numpy(), size["guess"].to_numpy()), 0.0),
+        ("coefficients_pearson", pearson(*flat), 0.0),
+        ("class_agreement", float(agree), np.nan),
+    ]
+    return pd.DataFrame([(*r, n) for r in rows], columns=["metric", "value", "chance", "n"]).set_index("metric")
