@@ -7,18 +7,20 @@ cells. The data stream (BioDSNN) is a variational autoencoder of the control cel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import _keys as K
 from ..nn._graph import EdgeAttention, GraphConv
 
-__all__ = ["CellStream", "GraphNet", "KnowledgeStream", "autofocus_loss", "direction_loss"]
+__all__ = ["CellStream", "GraphModule", "KnowledgeStream", "autofocus_loss", "direction_loss"]
 
 _LOG_VARIANCE_RANGE = (-8.0, 8.0)
 
@@ -124,8 +126,6 @@ class KnowledgeStream(nn.Module):
         Normalised graphs of targets, by name, each ``(target, target)`` over the same vocabulary.
     mask
         Pairs of genes that may attend to each other; ``None``: the cross-gene layer of GEARS in the place of attention.
-    dense_mask
-        With attention: let all pairs attend (the ablation "without mask").
     n_hidden, n_heads, n_feedforward, n_layers
         Widths, and the number of attention layers.
     uncertainty
@@ -320,8 +320,8 @@ class CellStream(nn.Module):
 # ---------------------------------------------------------------------------------------------- both
 
 
-class GraphNet(nn.Module):
-    """Knowledge stream plus, for BioDSNN, data stream; loss and prediction on log1p CP10k values or effects.
+class GraphModule(BaseModuleClass):
+    """Knowledge stream plus, for BioDSNN, data stream; loss on log1p CP10k values or effects.
 
     Parameters
     ----------
@@ -329,19 +329,22 @@ class GraphNet(nn.Module):
         The knowledge stream.
     cell
         The data stream; ``None``: the control cell itself is the base (GEARS, and BioDSNN without VAE).
-    control_mean
-        Mean of the training controls ``(gene,)``; zeros for effects.
+    n_labels
+        Number of labels of the data.
+    scale
+        ``"counts"``, ``"log1p"`` or ``"effects"``.
     autofocus, direction_weight, direction_temperature, kl_weight, reconstruction_weight
         The loss: exponent minus two, and the weights of its terms.
     gene_weight
-        Weights of genes in the autofocus term, ``(gene,)``.
+        Weights of genes in the autofocus term, ``(gene,)``, mean 1.
     """
 
     def __init__(
         self,
         knowledge: KnowledgeStream,
         cell: CellStream | None,
-        control_mean: np.ndarray,
+        n_labels: int,
+        scale: str,
         *,
         autofocus: float = 2.0,
         direction_weight: float = 0.1,
@@ -351,15 +354,20 @@ class GraphNet(nn.Module):
         gene_weight: np.ndarray | None = None,
     ):
         super().__init__()
-        self.knowledge, self.cell = knowledge, cell
-        self.register_buffer("control_mean", torch.as_tensor(np.asarray(control_mean, dtype=np.float32)))
-        weight = None if gene_weight is None else torch.as_tensor(np.asarray(gene_weight, dtype=np.float32))
-        self.register_buffer("gene_weight", weight)
+        n_genes = knowledge.n_genes
+        self.knowledge, self.cell, self.scale = knowledge, cell, scale
+        self.register_buffer("control_mean", torch.zeros(n_genes))
+        weight = torch.ones(n_genes) if gene_weight is None else torch.as_tensor(np.asarray(gene_weight, np.float32))
+        self.register_buffer("gene_weight", weight if gene_weight is not None else None)
+        # what is known of each label's shift before the network, and whether the network learns from its cells;
+        # needed in training only
+        self.register_buffer("offset", torch.zeros(1, n_genes), persistent=False)
+        self.register_buffer("learn", torch.ones(n_labels, dtype=torch.bool), persistent=False)
         self.autofocus, self.direction_weight = autofocus, direction_weight
         self.direction_temperature, self.kl_weight = direction_temperature, kl_weight
         self.reconstruction_weight = reconstruction_weight
 
-    def reset_by_name(self, names: Any) -> None:
+    def reset_by_name(self, names: Sequence[str]) -> None:
         """Give the initial rows of every gene by the order of the names, so that the order of the columns is nothing."""
         rank = torch.as_tensor(np.argsort(np.argsort(np.asarray(names, dtype=str), kind="stable"), kind="stable"))
         with torch.no_grad():
@@ -370,65 +378,85 @@ class GraphNet(nn.Module):
                 for name, axis in stream.gene_rows():
                     parameters[name].copy_(parameters[name].index_select(axis, rank))
 
-    def base(self, control: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the shift is added to ``(cell, gene)``, and the KL ``(cell,)``."""
+    def log1p(self, x: Tensor, library: Tensor) -> Tensor:
+        """Values of a batch as log1p CP10k (effects: as they are)."""
+        return torch.log1p(x / library * K.TARGET_SUM) if self.scale == K.SCALE_COUNTS else x
+
+    def _get_inference_input(self, tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor | None]:
+        if "control_x" not in tensors:
+            return {"control": None}
+        return {"control": self.log1p(tensors["control_x"], tensors["control_library"])}
+
+    def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], **kwargs: Any) -> dict:
+        # cells of controls, and of perturbations held out by the model, have no part in the knowledge stream
+        learn = tensors["label"] >= 0
+        if self.training:
+            learn &= self.learn[tensors["label"].clamp_min(0)]
+        return {"codes": tensors["codes"], "learn": learn}
+
+    @auto_move_data
+    def inference(self, control: Tensor | None) -> dict[str, Any]:
+        """The base that shifts are added to ``(cell, gene)`` and its KL ``(cell,)``; both ``None`` for effects."""
+        if control is None:
+            return {"control": None, "base": None, "kl": None}
         if self.cell is None:
-            return control, control.new_zeros(len(control))
+            return {"control": control, "base": control, "kl": control.new_zeros(len(control))}
+        noise = control.new_empty(len(control), self.cell.mean.out_features).normal_() if self.training else None
         out = self.cell(control, noise)
-        return out["x_hat"], out["kl"]
+        return {"control": control, "base": out["x_hat"], "kl": out["kl"]}
+
+    @auto_move_data
+    def generative(self, codes: Tensor, learn: Tensor) -> dict[str, Any]:
+        """Shifts of the distinct perturbations of a batch and, for each cell that is learned from, its row there."""
+        rows = torch.nonzero(learn).squeeze(1)
+        if len(rows) == 0:
+            return {"rows": rows, "group": rows, "shift": None, "log_variance": None, "n_groups": 0}
+        distinct, group = torch.unique(codes[rows], dim=0, return_inverse=True)
+        shift, log_variance = self.knowledge(distinct)
+        return {"rows": rows, "group": group, "shift": shift, "log_variance": log_variance, "n_groups": len(distinct)}
 
     def loss(
-        self,
-        observed: Tensor,
-        control: Tensor | None,
-        codes: Tensor,
-        offset: Tensor | None = None,
-        noise: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Loss and its parts for a batch.
-
-        Parameters
-        ----------
-        observed
-            Cells (or rows of effects), ``(cell, gene)``.
-        control
-            The paired control cells ``(cell, gene)``; ``None`` for effects.
-        codes
-            ``(cell, most targets)``.
-        offset
-            What is known of the shift before the network, ``(cell, gene)``.
-        noise
-            Standard normal ``(cell, latent)`` for the data stream.
-        """
-        distinct, inverse = torch.unique(codes, dim=0, return_inverse=True)
-        shift, log_variance = self.knowledge(distinct)
-        expected = shift.index_select(0, inverse)
-        if offset is not None:
-            expected = expected + offset
-        if control is None:
-            base, kl = torch.zeros_like(observed), observed.new_zeros(len(observed))
-        else:
-            base, kl = self.base(control, noise)
-        predicted = base + expected
-        n = len(distinct)
-        parts = {
-            "autofocus": autofocus_loss(
-                predicted, observed, inverse, n, exponent=2.0 + self.autofocus, gene_weight=self.gene_weight
-            ),
-            "direction": direction_loss(
-                predicted, observed, self.control_mean, inverse, n, temperature=self.direction_temperature
-            ),
-        }
-        loss = parts["autofocus"] + self.direction_weight * parts["direction"]
+        self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], generative_outputs: dict[str, Any]
+    ) -> LossOutput:
+        """Autofocus + direction + reconstruction + KL (+ likelihood of the variance head)."""
+        x = self.log1p(tensors["x"], tensors["library"])
+        out, n = generative_outputs, len(x)
+        control, base = inference_outputs["control"], inference_outputs["base"]
+        parts: dict[str, Tensor] = {}
+        loss = x.new_zeros(())
+        error = x.new_zeros(n)
+        if out["n_groups"]:
+            rows, group, m = out["rows"], out["group"], out["n_groups"]
+            expected = out["shift"].index_select(0, group)
+            if len(self.offset) > 1:
+                expected = expected + self.offset[tensors["label"][rows]]
+            predicted = expected if base is None else base[rows] + expected
+            observed = x[rows]
+            parts["autofocus"] = autofocus_loss(
+                predicted, observed, group, m, exponent=2.0 + self.autofocus, gene_weight=self.gene_weight
+            )
+            parts["direction"] = direction_loss(
+                predicted, observed, self.control_mean, group, m, temperature=self.direction_temperature
+            )
+            loss = loss + parts["autofocus"] + self.direction_weight * parts["direction"]
+            error = error.index_copy(0, rows, ((predicted - observed) ** 2).mean(1))
+            if out["log_variance"] is not None:
+                v = out["log_variance"].index_select(0, group)
+                square = ((predicted - observed) ** 2).detach()
+                parts["variance"] = _per_perturbation_mean((0.5 * (v + square * torch.exp(-v))).mean(1), group, m)
+                loss = loss + 0.1 * parts["variance"]
+        kl = x.new_zeros(n)
         if self.cell is not None and control is not None:
-            seen = (control > 0).to(control.dtype)
-            parts["reconstruction"] = (((base - control) ** 2).sum(1) / seen.sum(1).clamp_min(1.0)).mean()
-            parts["kl"] = kl.mean()
-            loss = loss + self.reconstruction_weight * parts["reconstruction"] + self.kl_weight * parts["kl"]
-        if log_variance is not None:
-            v = log_variance.index_select(0, inverse)
-            error = ((predicted - observed) ** 2).detach()
-            parts["variance"] = _per_perturbation_mean((0.5 * (v + error * torch.exp(-v))).mean(1), inverse, n)
-            loss = loss + 0.1 * parts["variance"]
-        parts["loss"] = loss
-        return parts
+            seen = (control > 0).sum(1).clamp_min(1)
+            parts["reconstruction"] = (((base - control) ** 2).sum(1) / seen).mean()
+            kl = inference_outputs["kl"]
+            loss = loss + self.reconstruction_weight * parts["reconstruction"] + self.kl_weight * kl.mean()
+        if not loss.requires_grad and torch.is_grad_enabled():  # a batch of controls only, without a data stream
+            loss = loss + 0.0 * self.knowledge.read_bias.sum()
+        return LossOutput(
+            loss=loss,
+            reconstruction_loss=error,
+            kl_local=kl,
+            extra_metrics={k: v.detach() for k, v in parts.items()},
+            n_obs_minibatch=n,
+        )
