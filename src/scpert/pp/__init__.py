@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from ._audit import audit
 from ._labels import annotate_perturbations
 from ._match import match_controls
+from ._nets import coexpression_net, pathway_mask, similarity_net
 from ._quality import filter_perturbations, quality_flags, select_genes
 from ._split import split
 
 __all__ = [
     "annotate_perturbations",
+    "audit",
     "coexpression_net",
     "filter_perturbations",
     "match_controls",
@@ -20,13 +21,3 @@ __all__ = [
     "similarity_net",
     "split",
 ]
-
-_NETS = ("coexpression_net", "pathway_mask", "similarity_net")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _NETS:
-        from . import _nets
-
-        return getattr(_nets, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

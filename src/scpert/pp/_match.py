@@ -45,7 +45,7 @@ def match_controls(
     n_pcs: int = 30,
     epsilon: float = 0.05,
     pick: str = "sampled",
-    max_cells: int = 1000,
+    max_cells: int = 512,
     copy: bool = False,
 ) -> AnnData | None:
     r"""Match each perturbed cell with a control cell of the same split and covariates.
@@ -292,11 +292,11 @@ def transport_plan(C: np.ndarray, epsilon: float) -> np.ndarray:
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         P = ot.bregman.sinkhorn_stabilized(
-            np.full(n, 1 / n), np.full(m, 1 / m), C, epsilon, numItermax=2000, tau=1e5, stopThr=1e-6, warn=False
+            np.full(n, 1 / n), np.full(m, 1 / m), C, epsilon, numItermax=1000, tau=1e5, stopThr=1e-5, warn=False
         )
         if not np.isfinite(P).all() or (P.sum(axis=1) <= 0).any():
             P = ot.bregman.sinkhorn_log(
-                np.full(n, 1 / n), np.full(m, 1 / m), C, epsilon, numItermax=2000, stopThr=1e-6, warn=False
+                np.full(n, 1 / n), np.full(m, 1 / m), C, epsilon, numItermax=1000, stopThr=1e-5, warn=False
             )
     return P / P.sum(axis=1, keepdims=True)
 

@@ -34,6 +34,7 @@ GENE_SETS = {
     "hb": re.compile(r"^HB[ABDEGMQZ](\d|-.*)?$", re.IGNORECASE),
 }
 _SUSPICIOUS = 0.25
+_EXACT_NEIGHBOURS = 60_000
 _CRITERIA = ("counts_low", "genes_low", "mito_high", "ribo_high", "hb_high", "doublet")
 
 
@@ -237,7 +238,10 @@ def _doublets(adata: AnnData, X: Any, batch: np.ndarray | None, random_state: in
     problem = ""
     verbosity, sc.settings.verbosity = sc.settings.verbosity, 0
     try:
-        for n_comps in (30, 10, 5):  # a small panel keeps few variable genes
+        # a small panel keeps few variable genes; some releases of pynndescent, for the approximate neighbours of large
+        # data, do not fit scanpy's, and exact neighbours do
+        ways = (False,) if 3 * adata.n_obs <= _EXACT_NEIGHBOURS else (None, False)
+        for n_comps, approximate in [(n, way) for n in (30, 10, 5) for way in ways]:
             if n_comps >= size:
                 continue
             try:
@@ -248,11 +252,12 @@ def _doublets(adata: AnnData, X: Any, batch: np.ndarray | None, random_state: in
                         n_prin_comps=n_comps,
                         batch_key=None if batch is None else "batch",
                         threshold=1.0,
+                        use_approx_neighbors=approximate,
                         random_state=random_state,
                         verbose=False,
                     )
                 break
-            except (ImportError, ValueError, RuntimeError, IndexError, np.linalg.LinAlgError) as error:
+            except (AttributeError, ImportError, ValueError, RuntimeError, IndexError, np.linalg.LinAlgError) as error:
                 problem = f"{type(error).__name__}: {error}"
     finally:
         sc.settings.verbosity = verbosity
