@@ -88,9 +88,9 @@ def perturbation_effects(
     layer, scale
         Where the values are and what they are (``"counts"``, ``"log1p"``, ``"effects"``, ``"auto"``). For
         ``"effects"`` (rows are perturbations, already relative to control) nothing is subtracted, rows of one
-        label are averaged, and the standard error is the spread of the gene over all perturbations,
-        1.4826 times its median absolute value (its root mean square where that is zero), over the square
-        root of the number of rows; p-values are then normal.
+        label are averaged, and the standard error is the spread of the gene over all perturbations (its root
+        mean square, as most perturbations do not touch a gene), over the square root of the number of rows;
+        p-values are then normal.
     library_size_key
         Column with the full library size, for small panels.
     covariate_keys
@@ -126,7 +126,6 @@ def perturbation_effects(
     40
     """
     from anndata import AnnData
-    from scipy import stats
 
     screen = Screen(
         adata,
@@ -144,18 +143,12 @@ def perturbation_effects(
             f"Is {perturbation_key!r} the right column (perturbation_key=)?"
         )
     if screen.scale == K.SCALE_EFFECTS:
-        shift, error, n, control_mean = _effects_of_table(screen, perturbations)
+        shift, error, n, control_mean = effects_of_table(screen, perturbations)
         freedom = np.inf
     else:
-        shift, error, freedom, n, control_mean = _effects_of_cells(screen, perturbations, adata, covariate_keys)
+        shift, error, freedom, n, control_mean = effects_of_cells(screen, perturbations, covariate_keys)
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        zscore = shift / error
-    constant = error == 0
-    zscore[constant] = np.where(shift[constant] == 0, 0.0, np.nan)
-    pvals = 2.0 * (stats.norm.sf(np.abs(zscore)) if np.isscalar(freedom) else stats.t.sf(np.abs(zscore), freedom))
-    pvals[constant & (shift == 0)] = 1.0
-
+    zscore, pvals = welch(shift, error, freedom)
     undefined = [p for p, bad in zip(perturbations, ~np.isfinite(zscore).any(axis=1), strict=True) if bad]
     if undefined:
         logger.warning(
@@ -200,9 +193,20 @@ def perturbation_effects(
     return out
 
 
-def _effects_of_table(
-    screen: Screen, perturbations: list[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def welch(shift: np.ndarray, error: np.ndarray, freedom: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """z-scores and two-sided p-values of shifts; NaN where a gene is constant at different values."""
+    from scipy import stats
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zscore = shift / error
+    constant = error == 0
+    zscore[constant] = np.where(shift[constant] == 0, 0.0, np.nan)
+    pvals = 2.0 * (stats.norm.sf(np.abs(zscore)) if np.isscalar(freedom) else stats.t.sf(np.abs(zscore), freedom))
+    pvals[constant & (shift == 0)] = 1.0
+    return zscore, pvals
+
+
+def effects_of_table(screen: Screen, perturbations: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     moments = screen.moments(mask=~screen.is_control)
     order = pd.Index(moments.groups).get_indexer(pd.Index(perturbations))
     shift, n = moments.mean[order], moments.n[order]
@@ -211,15 +215,22 @@ def _effects_of_table(
 
 
 def table_spread(shift: np.ndarray) -> np.ndarray:
-    """Spread of each gene about zero over the perturbations ``(gene,)``: most of them do not touch a gene."""
-    spread = 1.4826 * np.median(np.abs(shift), axis=0)
-    return np.where(spread > 0, spread, np.sqrt(np.mean(shift**2, axis=0)))
+    """Root mean square of each gene over the perturbations ``(gene,)``: most of them do not touch a gene."""
+    return np.sqrt(np.mean(shift**2, axis=0))
 
 
-def _effects_of_cells(
-    screen: Screen, perturbations: list[str], adata: AnnData, covariate_keys: str | Sequence[str] | None
+def effects_of_cells(
+    screen: Screen,
+    perturbations: list[str],
+    covariate_keys: str | Sequence[str] | None,
+    *,
+    cautious: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    strata, names = strata_of(adata, covariate_keys)
+    """Shift, standard error, degrees of freedom ``(perturbation, gene)``, cells, and the mean of the controls.
+
+    ``cautious``: the variance of the perturbed cells counts at least as much as that of their controls.
+    """
+    strata, names = strata_of(screen.adata, covariate_keys)
     labels = [screen.control, *perturbations]
     code = pd.Index(labels).get_indexer(pd.Index(screen.labels))
     size = np.zeros((len(labels), len(names)), dtype=np.int64)
@@ -259,13 +270,17 @@ def _effects_of_cells(
             shift[p - 1] = weight @ (moments.mean[index] - moments.mean[c])
             dof = int((own - 1).sum())
             many = own > 1
+            freedom_own = max(dof, 1)
             if dof > 0:
                 pooled = ((own[many] - 1)[:, None] * moments.var[np.asarray(index)[many]]).sum(axis=0) / dof / n
             else:
                 pooled = np.full(n_genes, np.nan)
+            if cautious:
+                pooled = np.fmax(pooled, weight @ moments.var[c] / n)
+                freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
             parts = weight[:, None] ** 2 * control_var[c]
             variance = pooled + parts.sum(axis=0)
             error[p - 1] = np.sqrt(variance)
-            spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + (pooled**2 / dof if dof > 0 else np.nan)
+            spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + pooled**2 / freedom_own
             freedom[p - 1] = variance**2 / spread
     return shift, error, freedom, size[1:].sum(axis=1), control_mean

@@ -26,7 +26,7 @@ logger = logging.getLogger("scpert")
 
 METHODS = ("interventional", "sparse_inverse", "gpovae", "ridge", "boosting", "correlation")
 
-#: Score-type methods write this many edges per measured gene by default (at most a tenth of the candidates).
+#: Methods that rank write this many edges per measured gene by default (at most half of the candidates).
 EDGES_PER_GENE = 10
 #: Above this number of edges no further columns are kept beside the weights.
 _MAX_TABLE = 200_000
@@ -132,8 +132,8 @@ def infer_grn(
         Error rate of ``"interventional"``; other methods rank, and write their strongest edges.
     n_edges
         Write exactly so many edges, the strongest (fewer, if fewer are not zero). Default: for
-        ``"interventional"`` all that pass ``fdr``, for ``"sparse_inverse"`` all that it finds, for the others
-        10 per measured gene and at most a tenth of the candidate pairs.
+        ``"interventional"`` all that pass ``fdr``, for the others 10 per measured gene and at most half of the
+        candidate pairs.
     threshold
         Write all edges with ``|weight|`` above it; 0 writes every candidate that has a score.
     statistic
@@ -394,9 +394,10 @@ def _problem(
 
 
 def _run(method: str, problem: Problem) -> Scores:
-    from . import _grn_methods as methods
+    from . import _grn_inverse, _grn_methods
 
-    return getattr(methods, method)(problem)
+    module = _grn_inverse if method == "sparse_inverse" else _grn_methods
+    return getattr(module, method)(problem)
 
 
 # ---------------------------------------------------------------------------------------------- output
@@ -475,7 +476,7 @@ def _edges(
     strength = weight[row, column]
     limit = n_edges
     if limit is None and threshold is None and scores.keep is None:
-        limit = max(1, min(candidates // 10, EDGES_PER_GENE * len(problem.genes)))
+        limit = max(1, min(candidates // 2, EDGES_PER_GENE * len(problem.genes)))
     if limit is not None:
         chosen = _strongest(strength, int(limit))
         row, column = row[chosen], column[chosen]

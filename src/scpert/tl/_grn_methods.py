@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
 from .._checks import listing
 from ..errors import ScpertError
-from ._effects import perturbation_effects, table_spread
+from ._effects import effects_of_cells, table_spread, welch
 from ._grn import Scores, weighted_bh
 
 if TYPE_CHECKING:
+    from ..data import Screen
     from ._grn import Problem
 
 logger = logging.getLogger("scpert")
 
 
-def _options(problem: Problem, method: str, **defaults: Any) -> dict[str, Any]:
+def method_options(problem: Problem, method: str, **defaults: Any) -> dict[str, Any]:
     unknown = [name for name in problem.options if name not in defaults]
     if unknown:
         allowed = listing(defaults) or "(none)"
@@ -30,45 +33,106 @@ def _options(problem: Problem, method: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **problem.options}
 
 
-def total_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shift, standard error and p-value of each regulator's own perturbation on each gene ``(regulator, gene)``.
+@dataclass
+class Evidence:
+    """Total effects of the regulators ``(regulator, gene)``, each by its own single perturbation."""
 
-    Where perturbations have no replicates (one row each), the standard error of a gene is its spread over the
-    perturbations, as for tables of effects.
+    shift: np.ndarray
+    error: np.ndarray
+    zscore: np.ndarray
+    pvals: np.ndarray
+    noise: np.ndarray  # as error, but never swollen by effects: what a real effect must exceed
+    sign: np.ndarray  # (regulator,): +1 where the perturbation raises its target, -1 where it lowers it
+    offset: np.ndarray  # (regulator,): log of the factor common to most genes, already taken out
+
+
+def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
+    """Shift of each gene in each regulator's single perturbation, with error and p-value.
+
+    Cells: Welch's statistics with two cautions. Counts are compositions: if a perturbation lowers strong genes, all
+    others rise in CP10k. The offset that most genes share (weighted median over genes of shift over sensitivity, the
+    mean of ``1 - exp(-x)`` over controls, which is how ``log1p`` responds to a factor) is taken out. And the variance
+    of the perturbed cells counts at least as much as the controls': few cells that happen to agree are no evidence.
+
+    Tables (effects, or profiles without replicates): rows of one label are added, weighted by how far they moved
+    their own target; the error of a gene is its root mean square over the perturbations.
     """
-    from scipy import stats
-
     screen = problem.screen
-    effects = perturbation_effects(
-        screen.adata,
-        perturbation_key=screen.perturbation_key,
-        control=screen.control,
-        layer=screen.layer,
-        scale=screen.scale,
-        library_size_key=screen.library_size_key,
-        covariate_keys=problem.covariate_keys,
-    )
-    index = effects.obs_names.get_indexer(problem.regulators)
-    shift = np.asarray(effects.X)[index]
-    error = np.asarray(effects.layers[K.STD_ERROR])[index]
-    pvals = np.asarray(effects.layers[K.PVALS])[index]
-    single = ~np.isfinite(error).any(axis=1)
-    if single.any():
-        everyone = np.asarray(effects.X)
-        if len(everyone) > 2:
-            spread = table_spread(everyone - np.median(everyone, axis=0))
-            logger.warning(
-                "%d perturbation(s) have no replicates: the spread of each gene over the perturbations is their error.",
-                int(single.sum()),
-            )
-            error[single] = spread / np.sqrt(effects.obs[K.N_CELLS].to_numpy()[index][single])[:, None]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                z = np.where(error[single] > 0, shift[single] / error[single], 0.0)
-            pvals[single] = 2 * stats.norm.sf(np.abs(z))
-    return shift, error, pvals
+    if screen.scale != K.SCALE_EFFECTS and screen.is_control.sum() > 1:
+        with_controls = screen.perturbations
+        shift, error, freedom, _, _ = effects_of_cells(
+            screen, with_controls, problem.covariate_keys or None, cautious=True
+        )
+        rows = pd.Index(with_controls).get_indexer(problem.regulators)
+        shift, error, freedom = shift[rows], error[rows], freedom[rows]
+        offset = np.zeros(len(shift))
+        if composition:
+            offset, sensitivity = _composition(screen, shift, error)
+            shift = shift - offset[:, None] * sensitivity[None, :]
+        zscore, pvals = welch(shift, error, freedom)
+        return Evidence(shift, error, zscore, pvals, error, _regulator_sign(problem, shift), offset)
+    shift, error, noise = _table_effects(problem)
+    zscore, pvals = welch(shift, error, np.inf)
+    return Evidence(shift, error, zscore, pvals, noise, _regulator_sign(problem, shift), np.zeros(len(shift)))
 
 
-def regulator_sign(problem: Problem, shift: np.ndarray) -> np.ndarray:
+def _composition(screen: Screen, shift: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log factor that most genes share ``(regulator,)`` and how far a gene shifts per unit of it ``(gene,)``."""
+    controls = np.flatnonzero(screen.is_control)
+    some = screen.rows(controls[np.unique(np.linspace(0, len(controls) - 1, min(len(controls), 2000)).astype(int))])
+    some.data = -np.expm1(-some.data)
+    sensitivity = np.asarray(some.mean(axis=0)).ravel().astype(np.float64)
+    offset = np.zeros(len(shift))
+    for row, (values, errors) in enumerate(zip(shift, error, strict=True)):
+        use = (sensitivity > 0) & np.isfinite(errors) & (errors > 0)
+        if use.sum() >= 10:
+            ratio, weight = values[use] / sensitivity[use], sensitivity[use] / errors[use]
+            order = np.argsort(ratio, kind="stable")
+            total = np.cumsum(weight[order])
+            offset[row] = ratio[order][np.searchsorted(total, total[-1] / 2)]
+    return offset, sensitivity
+
+
+def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    screen = problem.screen
+    if screen.scale != K.SCALE_EFFECTS:
+        logger.warning(
+            "There are fewer than two control cells: the reference of each gene is its median over all rows, "
+            "and its spread over the perturbations is the error."
+        )
+    single = pd.Index(problem.regulators).get_indexer(screen.labels)
+    rows = np.flatnonzero(~screen.is_control)
+    values = screen.rows(rows).toarray().astype(np.float64)
+    position = problem.genes.get_indexer(problem.regulators)
+    label = single[rows]
+    measured = (label >= 0) & (position[label] >= 0)
+    typical = measured if len(np.unique(label[measured])) >= 3 else np.ones(len(rows), dtype=bool)
+    crowded = [problem.regulators[r] for r in np.unique(label[~measured & (label >= 0)]) if (label == r).sum() >= 10]
+    if crowded and measured.any():
+        logger.warning(
+            "%s: many rows, no measured gene; if they are observational, say observational=.", listing(crowded)
+        )
+    values -= np.median(values[typical], axis=0)  # most perturbations do not touch a gene
+    spread = 1.4826 * np.median(np.abs(values[typical]), axis=0)
+    spread = np.where(spread > 0, spread, np.sqrt(np.mean(values[typical] ** 2, axis=0)))
+    shift = np.zeros((len(problem.regulators), len(problem.genes)))
+    length = np.zeros(len(problem.regulators))
+    for r in range(len(problem.regulators)):
+        mine = np.flatnonzero(label == r)
+        weight = np.ones(len(mine))
+        if position[r] >= 0 and len(mine) > 1 and spread[position[r]] > 0:
+            moved = values[mine, position[r]] / spread[position[r]]
+            weight = np.sqrt(1.0 + moved**2)
+            weight /= weight.max()
+        length[r] = np.sqrt((weight**2).sum())
+        shift[r] = weight @ values[mine] / length[r] ** 2
+    # in units of one full-strength row
+    usual = position >= 0 if (position >= 0).sum() >= 3 else np.ones(len(position), dtype=bool)
+    error = table_spread((shift * length[:, None])[usual])[None, :] / length[:, None]
+    return shift, error, spread[None, :] / length[:, None]
+
+
+def _regulator_sign(problem: Problem, shift: np.ndarray) -> np.ndarray:
     """-1 for a regulator that its perturbation lowers, +1 for one that it raises ``(regulator,)``.
 
     Of an unmeasured regulator (or one that did not move) the majority of the others decides; -1 where there is none.
@@ -82,23 +146,306 @@ def regulator_sign(problem: Problem, shift: np.ndarray) -> np.ndarray:
 
 def interventional(problem: Problem) -> Scores:
     """Total effects with error control over the whole screen; page ``docs/grn/interventional.md``."""
-    from scipy import stats
-
-    _options(problem, "interventional")
-    shift, error, pvals = total_effects(problem)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(error > 0, shift / error, 0.0)
+    options = method_options(problem, "interventional", composition=True)
+    found = total_effects(problem, composition=options["composition"])
+    if problem.statistic == "rank":
+        found = rank_effects(problem, found)
     position = problem.genes.get_indexer(problem.regulators)
     own = np.flatnonzero(position >= 0)
-    tested = pvals.copy()
+    tested = found.pvals.copy()
     tested[own, position[own]] = np.nan
     adjusted = weighted_bh(tested, problem.prior)
-    sign = regulator_sign(problem, shift)
-    weight = sign[:, None] * z
-    keep = np.nan_to_num(adjusted, nan=1.0) <= problem.fdr
     return Scores(
-        weight,
-        keep,
-        {"effect": shift, K.STD_ERROR: error, K.PVALS: pvals, K.PVALS_ADJ: adjusted},
+        found.sign[:, None] * np.nan_to_num(found.zscore),
+        np.nan_to_num(adjusted, nan=1.0) <= problem.fdr,
+        {"effect": found.shift, K.STD_ERROR: found.error, K.PVALS: found.pvals, K.PVALS_ADJ: adjusted},
         {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
     )
+
+
+# ---------------------------------------------------------------------------------------------- over cells
+
+
+def _blocks(problem: Problem) -> Any:
+    """Yield ``(CSR block, stratum of each row)``; observational samples from elsewhere are a stratum of their own."""
+    from ._effects import strata_of
+
+    strata, names = strata_of(problem.screen.adata, problem.covariate_keys)
+    for rows, block in problem.screen.chunks():
+        yield block, strata[rows]
+    if problem.observational is not None:
+        yield problem.observational, np.full(problem.observational.shape[0], len(names))
+
+
+def _grams(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Centred sums of products over cells, centred within strata, in one pass.
+
+    Returns regulators x regulators, regulators x genes, gene sums of squares, and the residual number of cells.
+    """
+    index = problem.genes.get_indexer(problem.regulators)
+    n_genes, n_strata = len(problem.genes), 1
+    within = np.zeros((len(index), len(index)))
+    across = np.zeros((len(index), n_genes))
+    square = np.zeros(n_genes)
+    sums: dict[int, np.ndarray] = {}
+    count: dict[int, int] = {}
+    for block, strata in _blocks(problem):
+        block = block.astype(np.float64)
+        some = block[:, index]
+        within += (some.T @ some).toarray()
+        across += (some.T @ block).toarray()
+        square += np.asarray(block.multiply(block).sum(axis=0)).ravel()
+        for s in np.unique(strata):
+            mine = strata == s
+            sums[s] = sums.get(s, 0.0) + np.asarray(block[mine].sum(axis=0)).ravel()
+            count[s] = count.get(s, 0) + int(mine.sum())
+    for s, total in sums.items():
+        mean = total / count[s]
+        within -= count[s] * np.outer(mean[index], mean[index])
+        across -= count[s] * np.outer(mean[index], mean)
+        square -= count[s] * mean**2
+    n_strata = len(sums)
+    return within, across, np.maximum(square, 0.0), sum(count.values()) - n_strata
+
+
+def _scales(within: np.ndarray, square: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """One over the root of the sum of squares of regulators and genes; 0 for what is constant."""
+    bar = 1e-10 * n
+
+    def inverse_root(values: np.ndarray) -> np.ndarray:
+        return np.where(values > bar, 1.0 / np.sqrt(np.maximum(values, bar)), 0.0)
+
+    return inverse_root(np.diag(within)), inverse_root(square)
+
+
+def _apply_prior(weight: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+    return weight if prior is None else weight * (1.0 + prior)
+
+
+def correlation(problem: Problem) -> Scores:
+    """Pearson correlation over cells (within strata); page ``docs/grn/correlation.md``."""
+    method_options(problem, "correlation")
+    within, across, square, n = _grams(problem)
+    of_regulator, of_gene = _scales(within, square, n)
+    r = np.clip(of_regulator[:, None] * across * of_gene[None, :], -1.0, 1.0)
+    return Scores(_apply_prior(r, problem.prior))
+
+
+def ridge(problem: Problem) -> Scores:
+    """Ridge regression of every gene on the other regulators; page ``docs/grn/ridge.md``."""
+    alpha = method_options(problem, "ridge", alpha=None)["alpha"]
+    within, across, square, n = _grams(problem)
+    of_regulator, of_gene = _scales(within, square, n)
+    gram = of_regulator[:, None] * within * of_regulator[None, :]
+    cross = of_regulator[:, None] * across * of_gene[None, :]
+    value, vector = np.linalg.eigh(gram)
+    value = np.maximum(value, 0.0)
+    projected = vector.T @ cross
+    if alpha is None:
+        own = np.isin(np.arange(len(problem.genes)), problem.genes.get_indexer(problem.regulators))
+        use = (of_gene > 0) & (~own if (~own).any() else True)
+        alpha = _generalised_cross_validation(value, projected[:, use], n)
+        logger.info("ridge: alpha = %.3g by generalised cross-validation.", alpha)
+    inverse = (vector / (value + alpha)) @ vector.T
+    coefficient = inverse @ cross
+    for row, gene in enumerate(problem.genes.get_indexer(problem.regulators)):
+        # the regression of a regulator on the others: by the inverse of the partitioned matrix
+        coefficient[:, gene] = -inverse[:, row] / inverse[row, row]
+        coefficient[row, gene] = 0.0
+    coefficient[:, of_gene == 0] = 0.0
+    coefficient[of_regulator == 0] = 0.0
+    return Scores(_apply_prior(coefficient, problem.prior), notes={"alpha": float(alpha)})
+
+
+def _generalised_cross_validation(value: np.ndarray, projected: np.ndarray, n: int) -> float:
+    """The ridge penalty that minimises generalised cross-validation summed over the (standardised) genes."""
+    power = (projected**2).sum(axis=1)
+    grid = np.logspace(-4, 2, 49)
+    scores = []
+    for alpha in grid:
+        explained = (power * (value + 2 * alpha) / (value + alpha) ** 2).sum()
+        freedom = (value / (value + alpha)).sum()
+        scores.append((projected.shape[1] - explained) / max(n - freedom, 1e-9) ** 2)
+    return float(grid[int(np.argmin(scores))])
+
+
+def partial_regression(
+    samples: sparse.csr_matrix, position: np.ndarray, n_genes: int, alpha: float = 0.5
+) -> np.ndarray:
+    """Standardised ridge coefficients of genes on the measured regulators over samples ``(regulator, gene)``."""
+    values = samples.toarray().astype(np.float64)
+    values -= values.mean(axis=0)
+    length = np.sqrt((values**2).sum(axis=0))
+    values = np.divide(values, length, out=np.zeros_like(values), where=length > 1e-12)
+    measured = np.flatnonzero(position >= 0)
+    some = values[:, position[measured]]
+    inverse = np.linalg.inv(some.T @ some + alpha * np.eye(len(measured)))
+    coefficient = inverse @ (some.T @ values)
+    for row, gene in enumerate(position[measured]):
+        coefficient[:, gene] = -inverse[:, row] / inverse[row, row]
+        coefficient[row, gene] = 0.0
+    out = np.zeros((len(position), n_genes))
+    out[measured] = coefficient
+    return out
+
+
+def boosting(problem: Problem) -> Scores:
+    """Gradient-boosted trees per gene, as GRNBoost2; page ``docs/grn/boosting.md``."""
+    from joblib import Parallel, delayed
+
+    from .._progress import progress
+
+    options = method_options(
+        problem,
+        "boosting",
+        n_estimators=300,
+        learning_rate=0.05,
+        max_depth=3,
+        max_features=0.1,
+        subsample=0.9,
+        patience=10,
+        max_cells=5000,
+    )
+    rng = np.random.default_rng(problem.random_state)
+    samples = sparse.vstack([_rows_of(problem, options.pop("max_cells"), rng)], format="csc")
+    index = problem.genes.get_indexer(problem.regulators)
+    inputs = np.asfortranarray(samples[:, index].toarray(), dtype=np.float32)
+    seeds = rng.integers(0, 2**31 - 1, size=len(problem.genes))
+    jobs = Parallel(n_jobs=problem.n_jobs or 1, return_as="generator")(
+        delayed(_boost_one)(
+            inputs,
+            samples[:, [g]].toarray().ravel(),
+            int(np.max(np.where(index == g, np.arange(len(index)), -1))),
+            int(seeds[g]),
+            options,
+        )
+        for g in range(len(problem.genes))
+    )
+    weight = np.zeros((len(index), len(problem.genes)))
+    for g, importance in enumerate(progress(jobs, total=len(problem.genes), description="boosting", unit="gene")):
+        weight[:, g] = importance
+    _, across, _, _ = _grams(problem)
+    return Scores(_apply_prior(np.sign(across) * weight, problem.prior))
+
+
+def _rows_of(problem: Problem, limit: int, rng: np.random.Generator) -> sparse.csr_matrix:
+    n = problem.screen.n_cells
+    index = np.arange(n) if n <= limit else np.sort(rng.choice(n, limit, replace=False))
+    if n > limit:
+        logger.info("boosting: %d of %d cells drawn (max_cells=).", limit, n)
+    rows = problem.screen.rows(index)
+    return rows if problem.observational is None else sparse.vstack([rows, problem.observational], format="csr")
+
+
+def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, options: dict[str, Any]) -> np.ndarray:
+    """Importance of each regulator for one gene; trees are added until held-out cells stop improving."""
+    importance = np.zeros(inputs.shape[1])
+    use = np.flatnonzero(np.arange(inputs.shape[1]) != own)
+    if len(use) == 0 or target.std() < 1e-8:
+        return importance
+    target = (target - target.mean()) / target.std()
+    try:
+        import lightgbm  # the extra scpert[boost]
+    except ImportError:
+        lightgbm = None
+    if lightgbm is not None:
+        model: Any = lightgbm.LGBMRegressor(
+            n_estimators=options["n_estimators"],
+            learning_rate=options["learning_rate"],
+            max_depth=options["max_depth"],
+            colsample_bytree=max(options["max_features"], 1.0 / len(use)),
+            subsample=options["subsample"],
+            subsample_freq=1,
+            importance_type="gain",
+            random_state=seed,
+            n_jobs=1,
+            deterministic=True,
+            verbosity=-1,
+        )
+        gain = model.fit(inputs[:, use], target).feature_importances_.astype(np.float64)
+    else:
+        from sklearn.ensemble import GradientBoostingRegressor
+
+        model = GradientBoostingRegressor(
+            n_estimators=options["n_estimators"],
+            learning_rate=options["learning_rate"],
+            max_depth=options["max_depth"],
+            max_features=options["max_features"],
+            subsample=options["subsample"],
+            random_state=seed,
+        )
+        improvement: list[float] = []
+
+        def stalled(step: int, estimator: Any, _: Any) -> bool:  # out-of-bag improvement, as GRNBoost2 does
+            improvement.append(float(estimator.oob_improvement_[step]))
+            recent = improvement[-options["patience"] :]
+            return len(recent) == options["patience"] and float(np.mean(recent)) < 0
+
+        model.fit(inputs[:, use], target, monitor=stalled if options["subsample"] < 1 else None)
+        gain = model.feature_importances_
+        if options["subsample"] < 1:  # a gene that nothing explains out of bag gets no strong edge
+            gain = gain * max(float(np.max(np.cumsum(model.oob_improvement_))), 0.0)
+    importance[use] = gain
+    return importance
+
+
+# ---------------------------------------------------------------------------------------------- a model
+
+
+def gpovae(problem: Problem) -> Scores:
+    """Train GPO-VAE for a while and read its mask and effects; page ``docs/grn/gpovae.md``."""
+    from ..model import GPOVAE
+
+    options = dict(problem.options)
+    max_epochs = options.pop("max_epochs", None)
+    screen = problem.screen
+    data = screen.adata.copy()
+    GPOVAE.setup_anndata(
+        data,
+        perturbation_key=screen.perturbation_key,
+        control=screen.control,
+        layer=screen.layer,
+        scale=screen.scale,
+        library_size_key=screen.library_size_key,
+        covariate_keys=problem.covariate_keys or None,
+    )
+    trained = GPOVAE(data, **options)
+    trained.train(max_epochs)
+    net = trained.get_grn()
+    row = {name: i for i, name in enumerate(problem.regulators)}
+    weight = np.zeros((len(row), len(problem.genes)))
+    extra = {
+        c: np.zeros_like(weight)
+        for c in net.columns
+        if c not in K.NET and np.issubdtype(np.asarray(net[c]).dtype, np.number)
+    }
+    source = np.array([row.get(str(s), -1) for s in net[K.SOURCE]], dtype=np.int64)
+    target = problem.genes.get_indexer(net[K.TARGET].astype(str))
+    inside = (source >= 0) & (target >= 0)
+    weight[source[inside], target[inside]] = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
+    for name, values in extra.items():
+        values[source[inside], target[inside]] = net[name].to_numpy(dtype=np.float64)[inside]
+    return Scores(_apply_prior(weight, problem.prior), None, extra)
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+
+def rank_effects(problem: Problem, found: Evidence) -> Evidence:
+    """The same effects with Mann-Whitney statistics instead of Welch's (cells only)."""
+    from ._rank_sum import rank_sums
+
+    screen = problem.screen
+    if screen.scale == K.SCALE_EFFECTS or screen.is_control.sum() < 2:
+        raise ScpertError(
+            "statistic='rank' needs cells of every perturbation and of the control; use statistic='welch'."
+        )
+    if problem.covariate_keys:
+        raise ScpertError("statistic='rank' does not compare within covariate_keys; use statistic='welch'.")
+    code = pd.Index([screen.control, *problem.regulators]).get_indexer(pd.Index(screen.labels))
+    used = np.flatnonzero(code >= 0)
+    values = screen.rows(used)
+    factor = np.exp(-np.concatenate([[0.0], found.offset]))[code[used]].astype(values.dtype)
+    values.data = np.log1p(np.expm1(values.data) * np.repeat(factor, np.diff(values.indptr)))
+    z, pvals = rank_sums(values, code[used], len(problem.regulators))
+    return replace(found, zscore=z, pvals=pvals)

@@ -1,0 +1,168 @@
+"""``sparse_inverse``: direct edges out of the matrix of total effects."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .. import _keys as K
+from .._progress import progress
+from ._grn import Scores
+from ._grn_methods import method_options, partial_regression, total_effects
+
+if TYPE_CHECKING:
+    from ._grn import Problem
+
+__all__ = ["direct_effects", "sparse_inverse", "strongest_path"]
+
+logger = logging.getLogger("scpert")
+
+
+def strongest_path(zscore: np.ndarray, position: np.ndarray) -> np.ndarray:
+    r"""Strength of the best two-step path that could explain each total effect.
+
+    .. math:: m_{ij} = \max_k \min(|z_{ik}|, |z_{kj}|) \text{ over } k \text{ with }
+              \operatorname{sign}(z_{ik} z_{kj}) = \operatorname{sign}(z_{ij})
+
+    Parameters
+    ----------
+    zscore
+        Signed (by activity of the regulator) evidence ``(regulator, gene)``.
+    position
+        Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+
+    Returns
+    -------
+    array ``(regulator, gene)``, 0 where no path has the right sign.
+    """
+    z = np.asarray(zscore, dtype=np.float32).copy()
+    measured = np.flatnonzero(position >= 0)
+    z[measured, position[measured]] = 0.0
+    up, down = np.maximum(z, 0.0), np.maximum(-z, 0.0)
+    onward_up, onward_down = up[measured], down[measured]
+    out = np.zeros_like(z)
+    for row in progress(range(len(z)), total=len(z), description="indirect paths", unit="regulator"):
+        first_up, first_down = up[row, position[measured]], down[row, position[measured]]
+        a, b = np.flatnonzero(first_up), np.flatnonzero(first_down)
+        same, other = np.zeros(z.shape[1], np.float32), np.zeros(z.shape[1], np.float32)
+        for index, first, to_same, to_other in (
+            (a, first_up, onward_up, onward_down),
+            (b, first_down, onward_down, onward_up),
+        ):
+            if len(index):
+                step = first[index, None]
+                same = np.maximum(same, np.minimum(step, to_same[index]).max(axis=0))
+                other = np.maximum(other, np.minimum(step, to_other[index]).max(axis=0))
+        out[row] = np.where(z[row] > 0, same, np.where(z[row] < 0, other, np.maximum(same, other)))
+    return out
+
+
+def direct_effects(
+    shift: np.ndarray,
+    error: np.ndarray,
+    position: np.ndarray,
+    *,
+    penalty: float | np.ndarray = 3.0,
+    cut: float = 3.0,
+    n_iter: int = 300,
+    tolerance: float = 1e-4,
+) -> np.ndarray:
+    r"""Sparse inverse of the matrix of total effects, weighted by standard errors.
+
+    If the regulator :math:`i` is set from outside, the others follow
+    :math:`x_{ij} = \sum_{k \ne j} x_{ik} A_{kj}` for every gene :math:`j \ne i` (steady state of a linear network), where
+    :math:`x_{ii}` is the shift of the regulator itself. Column :math:`j` of the direct effects :math:`A` solves this
+    system by a lasso over the perturbations :math:`i \ne j`, weighted by :math:`1/s_{ij}`. Genes that were not perturbed
+    have no column (missing interventions); a regulator that is not measured has one that only its own perturbation
+    moves. Inputs below ``cut`` standard errors are taken for zero, as noise in the inputs would be taken for edges.
+
+    Parameters
+    ----------
+    shift, error
+        Total effects and their standard errors ``(regulator, gene)``.
+    position
+        Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+    penalty
+        In standard errors: a coefficient must explain more than this; a number or ``(regulator, gene)``.
+    cut
+        See above.
+    n_iter, tolerance
+        Steps of the accelerated proximal gradient method at most, and the relative change at which it stops.
+
+    Returns
+    -------
+    array ``(regulator, gene)``: change of the gene (in units of ``shift``) when the regulator alone is moved as far as
+    its perturbation moves it; to get the change per unit of the regulator, divide by its own shift.
+    """
+    n_regulators, n_genes = shift.shape
+    measured = np.flatnonzero(position >= 0)
+    finite = np.isfinite(error) & (error > 0)
+    error = np.where(finite, error, np.nan)
+    with np.errstate(invalid="ignore"):
+        of_gene = np.sqrt(np.nanmean(np.where(finite, error**2, np.nan), axis=0)) if finite.any() else np.ones(n_genes)
+        of_gene = np.where(np.isfinite(of_gene) & (of_gene > 0), of_gene, 1.0)
+        of_row = np.nanmedian(error / of_gene, axis=1)
+    of_row = np.where(np.isfinite(of_row) & (of_row > 0), of_row, 1.0)
+
+    inputs = np.zeros((n_regulators, n_regulators))
+    seen = np.nan_to_num(np.abs(shift) > cut * np.nan_to_num(error, nan=np.inf))
+    inputs[:, measured] = np.where(seen, shift, 0.0)[:, position[measured]]
+    own = np.ones(n_regulators)
+    own[measured] = shift[measured, position[measured]]
+    alive = own != 0
+    own = np.where(alive, own, 1.0)
+    np.fill_diagonal(inputs, np.where(alive, own, 0.0))
+    design = (inputs / own[None, :] / of_row[:, None]).astype(np.float32)
+    outcome = (np.nan_to_num(shift) / of_gene[None, :] / of_row[:, None]).astype(np.float32)
+    used = np.ones((n_regulators, n_genes), dtype=np.float32)
+    used[measured, position[measured]] = (
+        0.0  # under its own perturbation a gene obeys the perturbation, not the network
+    )
+    free = used.copy()
+    free[~alive] = 0.0
+
+    bound = np.float32(np.linalg.norm(design, 2) ** 2) if n_regulators else np.float32(1.0)
+    shrink = (np.asarray(penalty, dtype=np.float32) / max(bound, 1e-12)).astype(np.float32)
+    solution = np.zeros((n_regulators, n_genes), dtype=np.float32)
+    ahead, momentum = solution, 1.0
+    for _ in progress(range(n_iter), total=n_iter, description="sparse inverse", unit="step"):
+        gradient = design.T @ (used * (design @ ahead - outcome))
+        moved = ahead - gradient / bound
+        moved = np.sign(moved) * np.maximum(np.abs(moved) - shrink, 0.0) * free
+        following = (1.0 + np.sqrt(1.0 + 4.0 * momentum**2)) / 2.0
+        change = moved - solution
+        ahead = moved + np.float32((momentum - 1.0) / following) * change
+        momentum, solution = following, moved
+        if np.abs(change).max(initial=0.0) <= tolerance * max(float(np.abs(solution).max(initial=0.0)), 1e-12):
+            break
+    return solution.astype(np.float64) * of_gene[None, :]
+
+
+def sparse_inverse(problem: Problem) -> Scores:
+    """Direct edges; page ``docs/grn/sparse_inverse.md``."""
+    options = method_options(
+        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_scale=2.0, floor=1.0, composition=True
+    )
+    found = total_effects(problem, composition=options["composition"])
+    position = problem.genes.get_indexer(problem.regulators)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        evidence = np.nan_to_num(np.where(found.noise > 0, found.shift / found.noise, 0.0))
+    signed = found.sign[:, None] * evidence
+    paths = strongest_path(signed, position)
+    penalty = options["penalty"] if problem.prior is None else options["penalty"] / (1.0 + problem.prior)
+    direct = direct_effects(found.shift, found.noise, position, penalty=penalty, cut=options["cut"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip(np.nan_to_num(direct / found.shift, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+    score = np.abs(np.nan_to_num(found.zscore)) * (options["floor"] + share) / (1.0 + paths / options["path_scale"])
+    if problem.observational is not None and problem.observational.shape[0] >= 10:
+        score *= 1.0 + 0.3 * np.abs(partial_regression(problem.observational, position, len(problem.genes)))
+    if problem.prior is not None:
+        score *= 1.0 + problem.prior
+    return Scores(
+        found.sign[:, None] * np.sign(found.shift) * score,
+        None,
+        {"effect": found.shift, "direct": direct, K.STD_ERROR: found.error},
+        {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
+    )
