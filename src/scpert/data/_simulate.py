@@ -78,6 +78,7 @@ def random_network(
     degree = tail ** (-1.0 / (exponent - 1.0))
     degree = np.maximum(1, np.rint(degree * mean_out_degree / degree.mean())).astype(int)
     module_weight = strength * rng.gamma(4.0, 0.25, n_genes) * np.where(rng.random(n_genes) < activators, 1.0, -1.0)
+    module_rank = rng.permutation(n_genes)
     rows, columns, weights = [], [], []
     for regulator, k in zip(regulators, degree, strict=True):
         if cycles:
@@ -95,7 +96,8 @@ def random_network(
         shared = np.intersect1d(np.flatnonzero((module == module[regulator]) & ~is_regulator), allowed)
         if module[regulator] >= 0 and len(shared):
             n_shared = min(rng.binomial(k - len(chosen), module_share) if k > len(chosen) else 0, len(shared))
-            chosen = np.concatenate([chosen, rng.choice(shared, n_shared, replace=False)])
+            core = shared[np.argsort(module_rank[shared])]  # the same genes first for all regulators of the module
+            chosen = np.concatenate([chosen, core[:n_shared]])
         rest = np.setdiff1d(allowed, chosen)
         n_rest = min(max(k - len(chosen), 0), len(rest))
         chosen = np.concatenate([chosen, rng.choice(rest, n_rest, replace=False)])

@@ -67,7 +67,7 @@ def simulated(
     max_radius: float = 0.8,
     saturation: float | None = 3.0,
     n_modules: int | None = None,
-    module_share: float = 0.6,
+    module_share: float = 0.8,
     noise: float = 0.3,
     library_size: float | None = None,
     dispersion: float | None = None,
