@@ -40,7 +40,7 @@ class ScreenTensors:
     ``covariates`` ``(cell, covariate)``      codes of the covariates
     ``index``      ``(cell,)``                row in the AnnData
     ``control_*``  as above                   the partner control: ``control_x``, ``control_library``
-    ``other_x``    ``(cell, gene)``           partner of the same perturbation and the other quality, if there is one
+    ``other_*``    as above                   partner of the same perturbation and the other quality, if there is one
     ``has_other``  ``(cell, 1)``              1 where there is one
     ============== ========================== ==================================================================
     """
@@ -191,6 +191,7 @@ class PerturbationLoader:
                 partner = np.where(has, self._quality_rows[np.minimum(pick, len(self._quality_rows) - 1)], index)
                 batch["has_other"] = torch.from_numpy(has.astype(np.float32)[:, None])
                 batch["other_x"] = self.tensors.dense(partner)
+                batch["other_library"] = torch.from_numpy(self.tensors.library[partner])
             yield batch
 
     def _control_partners(self, index: np.ndarray, rng: np.random.Generator) -> np.ndarray:

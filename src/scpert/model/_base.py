@@ -58,7 +58,7 @@ class _BestState(lightning.Callback):
         self.best, self.state, self.epoch = np.inf, None, -1
         self.interrupted = False
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         value = trainer.callback_metrics.get(self.monitor)
         if value is not None and float(value) < self.best:
             self.best, self.epoch = float(value), trainer.current_epoch
@@ -70,6 +70,60 @@ class _BestState(lightning.Callback):
     def restore(self) -> None:
         if self.state is not None:
             self.module.load_state_dict(self.state)
+
+
+class _Plan(TrainingPlan):
+    """scvi-tools' plan with metrics summed over the epoch and logged once: logging each step cost as much as training."""
+
+    def _start(self, mode: str) -> None:
+        self._sums: dict[str, dict[str, torch.Tensor]] = {**getattr(self, "_sums", {}), mode: {}}
+        self._n_cells: dict[str, int] = {**getattr(self, "_n_cells", {}), mode: 0}
+
+    def _step(self, batch: dict[str, torch.Tensor], mode: str) -> torch.Tensor:
+        if "kl_weight" in self.loss_kwargs:
+            self.loss_kwargs["kl_weight"] = self.kl_weight
+        output = self.module(batch, loss_kwargs=self.loss_kwargs)[2]
+        n = output.n_obs_minibatch
+        with torch.no_grad():
+            loss = output.loss.detach()
+            parts = {
+                f"reconstruction_loss_{mode}": output.reconstruction_loss_sum,
+                f"kl_local_{mode}": output.kl_local_sum,
+                f"kl_global_{mode}": output.kl_global_sum * n / max(self.n_obs_training or 1, 1),
+                f"{mode}_loss": loss * n,
+                **{f"{k}_{mode}": torch.as_tensor(v).detach() * n for k, v in output.extra_metrics.items()},
+            }
+            sums = self._sums[mode]
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0.0) + torch.as_tensor(value).detach()
+        self._n_cells[mode] += n
+        return output.loss
+
+    def _finish(self, mode: str) -> None:
+        n = max(self._n_cells[mode], 1)
+        means = {key: float(value) / n for key, value in self._sums[mode].items()}
+        parts = ("reconstruction_loss", "kl_local", "kl_global")
+        means[f"elbo_{mode}"] = sum(means.get(f"{part}_{mode}", 0.0) for part in parts)
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=n)
+
+    def on_train_epoch_start(self) -> None:
+        self._start("train")
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self._step(batch, "train")
+
+    def on_train_epoch_end(self) -> None:
+        self._finish("train")
+        super().on_train_epoch_end()
+
+    def on_validation_epoch_start(self) -> None:
+        self._start("validation")
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self._step(batch, "validation")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("validation")
 
 
 class BaseModel(BaseModelClass):
@@ -131,7 +185,7 @@ class BaseModel(BaseModelClass):
         """Train ``self.module`` by scvi-tools' runner; ends with the best validation state, also when interrupted."""
         max_epochs = self._max_epochs if max_epochs is None else max_epochs
         check_positive("max_epochs", max_epochs)
-        plan = TrainingPlan(self.module, **{**self._plan_defaults, **(plan_kwargs or {})})
+        plan = _Plan(self.module, **{**self._plan_defaults, **(plan_kwargs or {})})
         best = _BestState(self.module, self._monitor)
         options = {**self._trainer_defaults, **trainer_kwargs}
         options["callbacks"] = [*options.get("callbacks", ()), best]

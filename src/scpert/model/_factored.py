@@ -1,0 +1,697 @@
+"""CPA-VAE, SAMS-VAE, CRADLE-VAE and GPO-VAE: one module, four presets."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy import sparse
+
+from .. import _keys as K
+from .._checks import check_fraction, check_positive
+from .._progress import progress
+from ..data._field import covariate_codes, quality_failures
+from ..data._loader import PerturbationSplitter, ScreenTensors
+from ..data._perturbation import encode, join, multi_hot
+from ..errors import ScpertError
+from ..module._factored import FactoredModule
+from ..nn._stats import ExpectedLog1p
+from ._base import PerturbationModel, Prediction, Reference
+
+__all__ = ["CPAVAE", "CRADLEVAE", "GPOVAE", "SAMSVAE"]
+
+logger = logging.getLogger("scpert")
+
+_PREDICT_CELLS = 256
+
+
+def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    r"""Sign times probability of an effect, by a two-group model of the z-scores of all (perturbation, gene) pairs.
+
+    .. math:: z \sim \pi_0 N(0, 1) + (1 - \pi_0) N(0, 1 + \tau^2),
+
+    fitted by EM; the evidence is :math:`\mathrm{sign}(z)\,(1 - \mathrm{lfdr}(z))`.
+
+    Returns
+    -------
+    evidence and z, ``(perturbation, gene)``; 0 where the standard error is unknown or zero.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = np.nan_to_num(delta / std_error, nan=0.0, posinf=0.0, neginf=0.0)
+    flat = z[np.isfinite(std_error) & (std_error > 0)].astype(np.float64)
+    if len(flat) == 0:
+        return np.zeros_like(z), z
+    pi0, tau2 = 0.9, max(float(np.quantile(flat**2, 0.99)), 4.0)
+
+    def posterior(values: np.ndarray) -> np.ndarray:
+        log_odds = (
+            np.log((1 - pi0) / pi0) - 0.5 * np.log1p(tau2) + 0.5 * values**2 * (1 - 1 / (1 + tau2))
+        )
+        return 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
+
+    for _ in range(n_iterations):
+        p = posterior(flat)
+        pi0 = float(np.clip(1 - p.mean(), 0.02, 0.9999))
+        tau2 = float(np.clip((p * flat**2).sum() / max(p.sum(), 1e-9) - 1, 3.0, 1e4))
+    return (np.sign(z) * posterior(z)).astype(np.float32), z
+
+
+class _Factored(PerturbationModel):
+    """The family; a preset fixes ``_preset``."""
+
+    scope = "combinations"
+    _scales = (K.SCALE_COUNTS,)
+    _uses = ("quality_key", "matched_control_key", "covariate_keys", "library_size_key")
+    _preset: Mapping[str, Any] = {}
+    _max_epochs = 100
+    _group_labels = 32
+
+    def _build(self, options: dict[str, Any], **module: Any) -> None:
+        check_positive("n_latent", options["n_latent"])
+        check_positive("n_hidden", options["n_hidden"])
+        gene = {g: i for i, g in enumerate(self.genes_)}
+        self._target_gene = np.array([gene.get(t, -1) for t in self.targets_])
+        settings = {
+            "gene_space": False,
+            "use_mask": True,
+            "concatenate": False,
+            "skip": False,
+            "correlated_guide": False,
+            "published": False,
+            "n_layers": 2,
+            "mask_prior": 0.1,
+            "effect_scale": 1.0,
+            "n_hops": 0,
+            "hop_decay": 0.5,
+            "grn_weight": 0.0,
+            "sparsity_weight": 0.0,
+            "counterfactual_weight": 0.0,
+            "fold_change_threshold": 0.5,
+            "n_particles": 1,
+            **self._preset,
+            **module,
+            "use_quality": self._preset.get("use_quality", False) and self.setup_args_["quality_key"] is not None,
+        }
+        with self._seeded(options["random_state"]):
+            self.module = FactoredModule(
+                self.n_genes,
+                len(self.targets_),
+                target_gene=self._target_gene,
+                n_latent=int(options["n_latent"]),
+                n_hidden=int(options["n_hidden"]),
+                n_covariates=tuple(len(c) for c in self.covariates_.values()),
+                open_panel=self.setup_args_["library_size_key"] is not None,
+                **settings,
+            )
+        partners = []
+        if self.module.use_quality and self.module.counterfactual_weight > 0:
+            partners.append("quality")
+        if self.module.published and self.module.gene_space and self.module.grn_weight > 0:
+            partners.append("control")
+        self._partners = tuple(partners)
+        self.shrinkage_: np.ndarray | None = None
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def _before_training(self, random_state: int) -> None:
+        """Start where the training cells are: mean rates, dispersions and shrunken effects."""
+        module, screen, mask = self.module, self._screen, self._train_mask()
+        module.cpu()
+        names, codes = np.unique(screen.labels.astype(str), return_inverse=True)
+        codes = codes.reshape(-1)
+        n_groups = len(names)
+        rate, total, square = (np.zeros((n_groups, self.n_genes)) for _ in range(3))
+        raw = np.zeros((2, self.n_genes))
+        exposure, n = np.zeros(n_groups), 0
+        size = screen.library_size
+        for rows, block in screen.chunks(normalised=False):
+            keep = np.flatnonzero(mask[rows])
+            if len(keep) == 0:
+                continue
+            block, library, group = block[keep].astype(np.float64), size[rows][keep], codes[rows][keep]
+            member = sparse.csr_matrix((np.ones(len(keep)), (group, np.arange(len(keep)))), shape=(n_groups, len(keep)))
+            rate += (member @ block).toarray()
+            exposure += np.bincount(group, library, minlength=n_groups)
+            square += (member @ block.power(2)).toarray()
+            total += (member @ sparse.diags_array(library).tocsr() @ block).toarray()
+            entered = block if module.published else sparse.diags_array(K.TARGET_SUM / library).tocsr() @ block
+            entered = sparse.csr_matrix(entered).log1p()
+            raw[0] += np.asarray(entered.sum(axis=0)).ravel()
+            raw[1] += np.asarray(entered.power(2).sum(axis=0)).ravel()
+            n += len(keep)
+        mean = raw[0] / n
+        std = np.sqrt(np.maximum(raw[1] / n - mean**2, 0.0))
+        module.x_mean.copy_(torch.from_numpy(mean))
+        module.x_std.copy_(torch.from_numpy(np.maximum(std, 1e-2)))
+
+        effects = self.effects_
+        hits = multi_hot(encode(effects.labels, self.targets_, self.control_), len(self.targets_))
+        module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ effects.n_cells, 1.0)))
+
+        control = int(np.flatnonzero(names == self.control_)[0])
+        prior = 0.5 * K.TARGET_SUM / np.maximum(exposure, 1.0)  # half a count a group
+        per_10k = rate / np.maximum(exposure, 1.0)[:, None] * K.TARGET_SUM
+        log_rate = np.log(per_10k + prior[:, None])
+        base = log_rate[control]
+        module.decoder_head.bias.data.copy_(torch.from_numpy(base - np.log(K.TARGET_SUM)))
+        module.decoder_head.weight.data.mul_(0.1)
+        if module.open_panel:
+            rest = 1.0 - rate[control].sum() / max(exposure[control], 1.0)
+            module.rest_logit.data.fill_(float(np.log(np.clip(rest, 1e-4, 1.0))))
+        # method of moments on control cells: E[x^2 - x] = (1 + 1/theta) rho^2 E[l^2]
+        rho = per_10k[control] / K.TARGET_SUM
+        in_control = mask & screen.is_control
+        l2 = float((size[in_control] ** 2).sum())
+        excess = (square[control] - rate[control]) / np.maximum(rho**2 * l2, 1e-12) - 1.0
+        theta = 1.0 / np.clip(excess, 1e-2, 1e2)
+        module.log_theta.data.copy_(torch.from_numpy(np.log(np.clip(theta, 0.05, 100.0))))
+
+        if module.gene_space and not module.published:
+            evidence, _ = signed_evidence(effects.delta, effects.std_error)
+            row = {label: i for i, label in enumerate(effects.labels)}
+            group = {label: i for i, label in enumerate(names)}
+            signed = np.zeros((len(self.targets_), self.n_genes), dtype=np.float32)
+            weight = np.zeros_like(signed)
+            log_fold = np.zeros_like(signed)
+            for t, target in enumerate(self.targets_):
+                if target in row:
+                    signed[t] = evidence[row[target]]
+                    log_fold[t] = np.clip(log_rate[group[target]] - base, -4, 4)
+                    weight[t] = np.isfinite(effects.std_error[row[target]])
+                    if self._target_gene[t] >= 0:
+                        weight[t, self._target_gene[t]] = 0.0  # the perturbation itself is no edge
+            module.evidence = torch.from_numpy(signed)
+            module.evidence_weight = torch.from_numpy(weight)
+            probability = np.clip(np.abs(signed), 0.02, 0.98)
+            module.mask_logits.data.copy_(torch.from_numpy(np.log(probability / (1 - probability))))
+            if not module.correlated_guide:
+                module.effect_loc.data.copy_(torch.from_numpy(log_fold * np.abs(signed)))
+
+    def _after_training(self, tensors: ScreenTensors, splitter: PerturbationSplitter) -> None:
+        """Empirical Bayes: how far measured training effects pull the prediction away from the network's.
+
+        The network's shift is the prior mean, the training cells' shift with its standard error the likelihood; the
+        prior variance of each gene is estimated by the method of moments, towards its mean over genes.
+        """
+        self.__dict__.pop("_expected", None)
+        self.__dict__.pop("_trained_targets", None)
+        self.module.evidence = torch.zeros(0)
+        self.module.evidence_weight = torch.zeros(0)
+        self.shrinkage_ = None
+        if not self._options.get("shrinkage", True):
+            return
+        effects = self.effects_
+        network = self._network_delta(effects.targets, self.reference_, 1024)
+        residual = effects.delta - network
+        se2 = np.nan_to_num(effects.std_error.astype(np.float64) ** 2, nan=np.inf)
+        known = np.isfinite(se2)
+        excess = np.where(known, residual**2 - np.where(known, se2, 0.0), 0.0)
+        count = np.maximum(known.sum(axis=0), 1)
+        per_gene = excess.sum(axis=0) / count
+        overall = float(excess.sum() / max(known.sum(), 1))
+        prior_weight = 10.0
+        tau2 = np.maximum((per_gene * count + prior_weight * overall) / (count + prior_weight), 0.0)
+        weight = tau2 / (tau2 + se2 + 1e-12)
+        self.shrinkage_ = (weight * residual).astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            spread = np.sqrt(np.where(np.isfinite(se2), tau2 * se2 / (tau2 + se2 + 1e-12), tau2))
+        self.spread_ = spread.astype(np.float32)
+
+    # ------------------------------------------------------------------------------------------ prediction
+
+    @cached_property
+    def _expected(self) -> ExpectedLog1p:
+        theta = torch.exp(self.module.log_theta).detach().cpu().numpy()
+        return ExpectedLog1p(theta, self.reference_.library)
+
+    def _effect(self, targets: list[tuple[str, ...]]) -> torch.Tensor:
+        """Posterior mean effect of each set of targets, ``(perturbation, width)``."""
+        with torch.inference_mode():
+            codes = self._codes(targets)
+            rows = torch.unique(codes[codes >= 0])
+            member = (codes.unsqueeze(2) == rows).any(1).float()
+            return member.to(self.device) @ self.module.mean_rows(rows.to(self.device))
+
+    def _basal(self, reference: Reference) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = torch.from_numpy(reference.values.toarray().astype(np.float32)).to(self.device)
+        library = torch.from_numpy(reference.library[:, None]).to(self.device)
+        return self.module.basal(x, library, torch.from_numpy(reference.covariates).to(self.device))
+
+    def _network_delta(self, targets: list[tuple[str, ...]], reference: Reference, batch_size: int) -> np.ndarray:
+        """Shift that the network alone predicts, log1p CP10k ``(perturbation, gene)``; paired with its own control."""
+        if len(reference) > _PREDICT_CELLS:
+            reference = reference.take(np.linspace(0, len(reference) - 1, _PREDICT_CELLS).astype(int))
+        z, covariates = self._basal(reference)
+        expected = self._expected
+        with torch.inference_mode():
+            zero = torch.zeros(self.module.width, device=self.device)
+            start = expected(self.module.predict(z, zero, covariates)).mean(0)
+            effect = self._effect(targets)
+            out = np.empty((len(targets), self.n_genes), dtype=np.float32)
+            for i in progress(range(len(targets)), description="predict", unit="perturbation"):
+                out[i] = (expected(self.module.predict(z, effect[i], covariates)).mean(0) - start).cpu().numpy()
+        return out
+
+    def _residual(self, targets: tuple[str, ...]) -> np.ndarray | None:
+        if self.shrinkage_ is None:
+            return None
+        row = self.effects_.row.get(join(targets, self.control_))
+        if row is not None:
+            return self.shrinkage_[row]
+        rows = [self.effects_.singles[t] for t in targets if t in self.effects_.singles]
+        return self.shrinkage_[rows].sum(axis=0) if rows else None
+
+    def _predict_delta(
+        self, targets: list[tuple[str, ...]], reference: Reference, rng: np.random.Generator, batch_size: int
+    ) -> Prediction:
+        delta = self._network_delta(targets, reference, batch_size)
+        std = None
+        if self.shrinkage_ is not None:
+            std = np.full_like(delta, np.nan)
+            for i, t in enumerate(targets):
+                residual = self._residual(t)
+                if residual is not None:
+                    delta[i] += residual
+                row = self.effects_.row.get(join(t, self.control_))
+                if row is not None:
+                    std[i] = self.spread_[row]
+        return Prediction(delta, std)
+
+    def _predict_cells(
+        self,
+        targets: tuple[str, ...],
+        delta: np.ndarray,
+        reference: Reference,
+        rng: np.random.Generator,
+        batch_size: int,
+    ) -> np.ndarray:
+        """Counts drawn from the decoder, as log1p CP10k; rates are scaled so that the mean shift is ``delta``."""
+        z, covariates = self._basal(reference)
+        effect = self._effect([targets])[0]
+        expected = self._expected
+        with torch.inference_mode():
+            start = expected(self.module.predict(z, torch.zeros_like(effect), covariates)).mean(0)
+            log_rho = self.module.predict(z, effect, covariates)
+            now = expected(log_rho).mean(0)
+        wanted = np.maximum(start.cpu().numpy() + delta, 0.0)
+        factor = expected.inverse(wanted) - expected.inverse(now.cpu().numpy())
+        rho = np.exp(np.minimum(log_rho.cpu().numpy() + np.clip(factor, -8, 8), 0.0))
+        theta = torch.exp(self.module.log_theta).detach().cpu().numpy()
+        library = reference.library[:, None]
+        counts = rng.poisson(rng.gamma(theta, 1.0, rho.shape) * (library * rho / theta))
+        return np.log1p(counts / library * K.TARGET_SUM).astype(np.float32)
+
+    # ------------------------------------------------------------------------------------------ read-outs
+
+    def get_latent_representation(self, adata: AnnData | None = None, *, batch_size: int | None = None) -> np.ndarray:
+        """Basal state of cells: what is left when perturbation and quality are accounted for.
+
+        Parameters
+        ----------
+        adata
+            Cells; by default the registered ones. Cells without labels count as controls; targets that the model was
+            not trained on raise.
+        batch_size
+            Cells per batch.
+
+        Returns
+        -------
+        float32 array ``(cell, n_latent)``.
+        """
+        self._check_trained()
+        if adata is None:
+            screen = self._screen
+        else:
+            adata = self._align(adata)
+            key = self.setup_args_["perturbation_key"]
+            if key not in adata.obs:
+                adata = adata.copy()
+                adata.obs[key] = self.control_
+            screen = self._make_screen_any(adata)
+        data = screen.adata
+        codes = encode(screen.labels, self.targets_, self.control_)
+        quality = self.setup_args_["quality_key"]
+        failed = quality_failures(data, quality if quality in data.obs else None)
+        covariates = covariate_codes(data, self.covariates_)
+        size = self._batch_size if batch_size is None else batch_size
+        out = np.empty((screen.n_cells, self.module.n_latent), dtype=np.float32)
+        m, device = self.module, self.device
+        with torch.inference_mode():
+            for start in range(0, screen.n_cells, size):
+                rows = np.arange(start, min(start + size, screen.n_cells))
+                x = torch.from_numpy(screen.rows(rows, normalised=False).toarray().astype(np.float32)).to(device)
+                library = torch.from_numpy(screen.library_size[rows].astype(np.float32)[:, None]).to(device)
+                targets, member, which = m.distinct(torch.from_numpy(codes[rows]).to(device))
+                effect = (member @ m.mean_rows(targets), which)
+                artefact = None
+                if m.use_quality:
+                    artefact = torch.from_numpy(failed[rows].astype(np.float32)[:, None]).to(device) * m.quality_loc
+                cov = m.one_hot(torch.from_numpy(covariates[rows]).to(device))
+                out[rows] = m.encode(x, library, effect, artefact, cov)[0].cpu().numpy()
+        return out
+
+    def _make_screen_any(self, adata: AnnData) -> Any:
+        from ..data._screen import Screen
+
+        s = self.setup_args_
+        return Screen(
+            adata,
+            perturbation_key=s["perturbation_key"],
+            control=self.control_,
+            layer=self._field_state["layer"],
+            scale=self.scale_,
+            library_size_key=s["library_size_key"],
+            allowed=self._scales,
+            require_control=False,
+        )
+
+    def get_perturbation_embedding(self) -> pd.DataFrame:
+        """Posterior mean effects ``(target, dim)``; for GPOVAE the dimensions are genes, in log fold changes."""
+        self._check_trained()
+        rows = torch.arange(len(self.targets_), device=self.device)
+        with torch.inference_mode():
+            values = self.module.mean_rows(rows).cpu().numpy()
+        columns = self.genes_ if self.module.gene_space else [f"dim_{i}" for i in range(values.shape[1])]
+        return pd.DataFrame(values, index=pd.Index(self.targets_, name="target"), columns=columns)
+
+    # ------------------------------------------------------------------------------------------ files
+
+    def _get_state(self) -> dict[str, Any]:
+        state = super()._get_state()
+        if self.shrinkage_ is not None:
+            state["shrinkage"] = {"residual": self.shrinkage_, "spread": self.spread_}
+        return state
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        super()._set_state(state)
+        if "shrinkage" in state:
+            self.shrinkage_, self.spread_ = state["shrinkage"]["residual"], state["shrinkage"]["spread"]
+
+
+class CPAVAE(_Factored):
+    r"""Variational compositional autoencoder: :math:`z = z_b + \sum_{t \in p} E_t` in latent space.
+
+    The compositional idea of CPA :cite:p:`Lotfollahi2023` with a variational basal state and without an adversary, as
+    used as a baseline by SAMS-VAE :cite:p:`Bereket2023`.
+
+    Parameters
+    ----------
+    adata
+        Counts, set up by :meth:`setup_anndata`.
+    n_latent, n_hidden
+        Sizes.
+    shrinkage
+        Combine the network's shift with the measured shift of training cells by empirical Bayes.
+    random_state
+        Seed of the start weights.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> scpert.model.CPAVAE.setup_anndata(adata)
+    >>> model = scpert.model.CPAVAE(adata, n_latent=5, n_hidden=16)
+    >>> model.train(max_epochs=2)
+    >>> model.get_latent_representation().shape
+    (300, 5)
+    """
+
+    _preset = {"use_mask": False}
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        shrinkage: bool = True,
+        random_state: int = 0,
+    ):
+        super().__init__(adata, registry)
+        self._build(self._remember(locals()))
+
+
+class SAMSVAE(_Factored):
+    r"""Sparse additive mechanism shift VAE: :math:`z = z_b + \sum_{t \in p} M_t \odot E_t` in latent space.
+
+    After :cite:t:`Bereket2023`; global KL terms are analytic, see :class:`~scpert.module._factored.FactoredModule`.
+
+    Parameters
+    ----------
+    adata
+        Counts, set up by :meth:`setup_anndata`.
+    n_latent, n_hidden
+        Sizes.
+    mask_prior
+        Prior probability that a perturbation acts on a latent dimension.
+    correlated_guide
+        Let the effect's posterior depend on the mask (a network), as published; else mean-field.
+    n_particles
+        Draws of the latents per training step.
+    shrinkage, random_state
+        As in :class:`CPAVAE`.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> scpert.model.SAMSVAE.setup_anndata(adata)
+    >>> model = scpert.model.SAMSVAE(adata, n_latent=5, n_hidden=16)
+    >>> model.train(max_epochs=2)
+    >>> model.get_perturbation_embedding().shape
+    (5, 5)
+    """
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        mask_prior: float = 0.1,
+        correlated_guide: bool = False,
+        n_particles: int = 1,
+        shrinkage: bool = True,
+        random_state: int = 0,
+    ):
+        super().__init__(adata, registry)
+        check_fraction("mask_prior", mask_prior)
+        self._build(
+            self._remember(locals()), mask_prior=mask_prior, correlated_guide=correlated_guide, n_particles=n_particles
+        )
+
+
+class CRADLEVAE(_Factored):
+    r"""SAMS-VAE with an effect of failed quality and counterfactual reasoning about it.
+
+    After CRADLE-VAE :cite:p:`Baek2024`: :math:`z = z_b + \sum_t M_t \odot E_t + q\,a` with the quality flag :math:`q`.
+    The counterfactual term compares the basal state of a cell, told that it has the other quality, with that of a real
+    cell of the same perturbation and that quality. Needs ``quality_key``; without it this is SAMS-VAE.
+
+    Parameters
+    ----------
+    adata
+        Counts, set up by :meth:`setup_anndata` with ``quality_key``.
+    n_latent, n_hidden, mask_prior, correlated_guide, n_particles, shrinkage, random_state
+        As in :class:`SAMSVAE`.
+    counterfactual_weight
+        Weight of the counterfactual term.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> scpert.model.CRADLEVAE.setup_anndata(adata)
+    >>> model = scpert.model.CRADLEVAE(adata, n_latent=5, n_hidden=16)
+    >>> model.train(max_epochs=2)
+    >>> model.predict_perturbation().shape[1]
+    40
+    """
+
+    _preset = {"use_quality": True}
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_latent: int = 32,
+        n_hidden: int = 128,
+        mask_prior: float = 0.1,
+        counterfactual_weight: float = 0.1,
+        correlated_guide: bool = False,
+        n_particles: int = 1,
+        shrinkage: bool = True,
+        random_state: int = 0,
+    ):
+        super().__init__(adata, registry)
+        check_fraction("mask_prior", mask_prior)
+        self._build(
+            self._remember(locals()),
+            mask_prior=mask_prior,
+            counterfactual_weight=counterfactual_weight,
+            correlated_guide=correlated_guide,
+            n_particles=n_particles,
+        )
+
+
+class GPOVAE(_Factored):
+    r"""VAE of counts whose perturbation effects live in gene space and are aligned with a regulatory network.
+
+    .. math::
+        Z_p = \sum_{t \in p} M_t \odot E_t \in \mathbb{R}^{G}, \qquad
+        \rho = \mathrm{softmax}\big(f([z_b, Z_p, q\,a]) + Z_p\big)
+
+    so that :math:`\sigma(\hat W_{tj}) = q(M_{tj} = 1)` is the probability that target :math:`t` acts on gene :math:`j`
+    and :math:`E_{tj}` its signed strength in log fold changes. The alignment term draws the K-hop accumulation of the
+    signed adjacency :math:`A = \sigma(\hat W) \odot \tanh(\hat E)`,
+
+    .. math:: T_K = \sum_{k=0}^{K} (\gamma A / s)^k A, \qquad s \ge \text{spectral radius of } A, \ \gamma < 1,
+
+    to the evidence of the training cells: sign times one minus local false discovery rate of every total effect.
+    After GPO-VAE :cite:p:`GPOVAE2025`; ``published=True`` follows the paper's equations (no skip connection, effect
+    guide that depends on the mask, accumulation of the raw logits, :math:`|x - \text{matched control}|` as target).
+    The docs page lists every deviation.
+
+    Parameters
+    ----------
+    adata
+        Counts, set up by :meth:`setup_anndata`; ``quality_key`` and ``matched_control_key`` are used if given.
+    n_latent, n_hidden
+        Sizes of the basal state and of the hidden layers.
+    n_hops
+        Intermediate regulators over which an effect is accumulated.
+    mask_prior
+        Prior probability of an edge.
+    grn_weight, sparsity_weight, counterfactual_weight
+        Weights of the alignment, of the mean edge probability, and of the counterfactual term.
+    published
+        Follow the paper's equations.
+    fold_change_threshold
+        Subtracted from the paper's alignment target (only ``published=True``: 0.8 for K562, 0.5 for RPE1, 0.4 for
+        Adamson).
+    n_particles
+        Draws of the latents per training step (the paper uses 5).
+    effect_scale
+        Prior standard deviation of an effect, in log fold changes.
+    shrinkage
+        Combine the network's shift with the measured shift of training cells by empirical Bayes; default: unless
+        ``published``.
+    random_state
+        Seed of the start weights.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> scpert.model.GPOVAE.setup_anndata(adata)
+    >>> model = scpert.model.GPOVAE(adata, n_latent=5, n_hidden=16)
+    >>> model.train(max_epochs=2)
+    >>> model.predict_perturbation().shape[1]
+    40
+    >>> list(model.get_grn().columns)[:3]
+    ['source', 'target', 'weight']
+    """
+
+    _preset = {"use_quality": True, "gene_space": True, "concatenate": True}
+
+    def __init__(
+        self,
+        adata: AnnData | None = None,
+        registry: dict | None = None,
+        *,
+        n_latent: int = 100,
+        n_hidden: int = 400,
+        n_hops: int = 5,
+        mask_prior: float = 0.3,
+        grn_weight: float = 100.0,
+        sparsity_weight: float = 5.0,
+        counterfactual_weight: float = 0.1,
+        published: bool = False,
+        fold_change_threshold: float = 0.5,
+        n_particles: int = 1,
+        effect_scale: float = 1.0,
+        shrinkage: bool | None = None,
+        random_state: int = 0,
+    ):
+        super().__init__(adata, registry)
+        check_fraction("mask_prior", mask_prior)
+        for name, value in (
+            ("n_hops", n_hops),
+            ("grn_weight", grn_weight),
+            ("sparsity_weight", sparsity_weight),
+            ("counterfactual_weight", counterfactual_weight),
+        ):
+            check_positive(name, value, zero=True)
+        options = self._remember(locals())
+        options["shrinkage"] = (not published) if shrinkage is None else shrinkage
+        self._build(
+            options,
+            published=published,
+            skip=not published,
+            correlated_guide=published,
+            n_hops=n_hops,
+            mask_prior=mask_prior,
+            grn_weight=grn_weight,
+            sparsity_weight=sparsity_weight,
+            counterfactual_weight=counterfactual_weight,
+            fold_change_threshold=fold_change_threshold,
+            n_particles=n_particles,
+            effect_scale=effect_scale,
+        )
+        if published:
+            self._plan_defaults = {**self._plan_defaults, "lr": 3e-4}
+
+    def get_grn(self, *, threshold: float = 0.5) -> pd.DataFrame:
+        """The network in the model.
+
+        Parameters
+        ----------
+        threshold
+            Least probability of an edge.
+
+        Returns
+        -------
+        A net: ``source`` (target of perturbations), ``target`` (measured gene), ``weight`` (signed: probability x mean
+        log fold change), ``probability``; strongest edges first. A target's effect on itself is left out.
+        """
+        self._check_trained()
+        check_fraction("threshold", threshold)
+        rows = torch.arange(len(self.targets_), device=self.device)
+        trained = np.array([t in self._trained_targets for t in self.targets_])
+        with torch.inference_mode():
+            probability = torch.sigmoid(self.module.mask_logits).cpu().numpy()
+            weight = self.module.mean_rows(rows).cpu().numpy()
+        keep = (probability > threshold) & trained[:, None] & (weight != 0)
+        own = self._target_gene >= 0
+        keep[np.flatnonzero(own), self._target_gene[own]] = False
+        source, target = np.nonzero(keep)
+        net = pd.DataFrame(
+            {
+                K.SOURCE: np.asarray(self.targets_, dtype=object)[source],
+                K.TARGET: np.asarray(self.genes_, dtype=object)[target],
+                K.WEIGHT: weight[source, target],
+                "probability": probability[source, target],
+            }
+        )
+        order = np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")
+        return net.iloc[order].reset_index(drop=True)
+
+    def train(self, max_epochs: int | None = None, **kwargs: Any) -> None:
+        """Train; see :meth:`PerturbationModel.train`. ``published=True`` draws matched controls as partners."""
+        if self.module.published and self.setup_args_["matched_control_key"] is None:
+            logger.info("no matched_control_key: controls of the same covariates are drawn at random as partners")
+        if self._screen.adata.n_obs < 2:
+            raise ScpertError("Training needs more than one cell.")
+        super().train(max_epochs, **kwargs)
+
+
+GPOVAE.train.__doc__ = PerturbationModel.train.__doc__

@@ -1,0 +1,182 @@
+"""Distributions and accumulations that the modules share: masks, negative binomial, K-hop sums, expected logs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _keys as K
+
+__all__ = [
+    "ExpectedLog1p",
+    "bernoulli_kl",
+    "k_hop",
+    "k_hop_scale",
+    "nb_log_prob",
+    "normal_kl",
+    "straight_through_bernoulli",
+]
+
+
+def straight_through_bernoulli(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Draw 0/1 from ``Bernoulli(sigmoid(logits))`` with the gradient of a relaxed (binary concrete) draw.
+
+    Shapes: any; the result has the shape of ``logits``.
+    """
+    u = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid((logits + torch.log(u) - torch.log1p(-u)) / temperature)
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def bernoulli_kl(logits: Tensor, prior: float) -> Tensor:
+    """KL(Bernoulli(sigmoid(logits)) || Bernoulli(prior)), elementwise."""
+    p = torch.sigmoid(logits)
+    log_p, log_1p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    return p * (log_p - np.log(prior)) + (1 - p) * (log_1p - np.log1p(-prior))
+
+
+def normal_kl(loc: Tensor, log_scale: Tensor, prior_scale: float = 1.0) -> Tensor:
+    """KL(N(loc, exp(log_scale)^2) || N(0, prior_scale^2)), elementwise."""
+    ratio = torch.exp(2 * log_scale) / prior_scale**2
+    return 0.5 * (ratio + (loc / prior_scale) ** 2 - 1.0) - log_scale + np.log(prior_scale)
+
+
+def normal_kl_pair(loc_q: Tensor, log_scale_q: Tensor, loc_p: Tensor, log_scale_p: Tensor) -> Tensor:
+    """KL(N_q || N_p) of two normal distributions, elementwise."""
+    var = torch.exp(2 * (log_scale_q - log_scale_p))
+    return 0.5 * (var + ((loc_q - loc_p) * torch.exp(-log_scale_p)) ** 2 - 1.0) + log_scale_p - log_scale_q
+
+
+def nb_log_prob(x: Tensor, mean: Tensor, log_theta: Tensor, x_lgamma: Tensor | None = None) -> Tensor:
+    """Log-probability of counts under a negative binomial with ``var = mean + mean^2 / theta``, elementwise.
+
+    Parameters
+    ----------
+    x
+        Counts, ``(cell, gene)``.
+    mean
+        ``(cell, gene)``, above zero.
+    log_theta
+        Natural logarithm of the inverse dispersion, ``(gene,)``.
+    x_lgamma
+        ``lgamma(x + 1)`` if it is there already.
+    """
+    theta = torch.exp(log_theta)
+    log_mix = torch.log(theta + mean)
+    x_lgamma = torch.lgamma(x + 1) if x_lgamma is None else x_lgamma
+    return (
+        theta * (log_theta - log_mix)
+        + x * (torch.log(mean) - log_mix)
+        + torch.lgamma(x + theta)
+        - torch.lgamma(theta)
+        - x_lgamma
+    )
+
+
+def k_hop_scale(adjacency: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Upper bound of the spectral radius of the square part of ``adjacency``: sqrt(|A|_1 |A|_inf), at least 1.
+
+    Parameters
+    ----------
+    adjacency
+        ``(target, gene)``.
+    columns, rows
+        Genes that are targets themselves and their rows, both ``(measured target,)``.
+    """
+    square = adjacency[rows][:, columns].abs()
+    if square.numel() == 0:
+        return adjacency.new_ones(())
+    return (square.sum(0).max() * square.sum(1).max()).sqrt().clamp_min(1.0)
+
+
+def k_hop(start: Tensor, adjacency: Tensor, columns: Tensor, rows: Tensor, n_hops: int, scale: Tensor | float) -> Tensor:
+    r"""Effects that reach genes over at most ``n_hops`` intermediate regulators.
+
+    .. math:: T_K = \sum_{k=0}^{K} a\,(\gamma \hat A)^k
+
+    for rows :math:`a` of the adjacency and :math:`\gamma\hat A` its square part divided by ``scale``. With ``scale``
+    above the spectral radius the series converges; for a non-negative adjacency it is monotone in every edge at fixed
+    ``scale``. One product of (row, target) with (target, gene) a hop; never a power of the matrix.
+
+    Parameters
+    ----------
+    start
+        Rows of the adjacency to accumulate, ``(row, gene)``.
+    adjacency
+        ``(target, gene)``.
+    columns, rows
+        As in :func:`k_hop_scale`.
+    n_hops
+        Intermediate steps; 0 gives ``start``.
+    scale
+        Divides every hop.
+    """
+    total = step = start
+    if n_hops == 0 or len(rows) == 0:
+        return total
+    onward = adjacency if len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all()) else adjacency[rows]
+    for _ in range(n_hops):
+        step = (step[:, columns] / scale) @ onward
+        total = total + step
+    return total
+
+
+class ExpectedLog1p:
+    r"""Mean of log1p CP10k of a cell's counts, given its rate: what a measured pseudobulk estimates.
+
+    For :math:`x \sim \mathrm{NB}(l\rho, \theta_g)` the mean of :math:`\log(1 + 10^4 x / l)` lies below
+    :math:`\log(1 + 10^4\rho)`, the more the sparser the gene. A prediction that is compared with measured log values
+    has to be on the same side of the logarithm. The expectation is tabulated once per gene over
+    :math:`\log\rho` (gamma quantiles of the negative binomial's mixture, exact Poisson sums) and interpolated.
+
+    Parameters
+    ----------
+    theta
+        Inverse dispersion, ``(gene,)``.
+    library
+        Library sizes of the cells that are averaged over, ``(cell,)``.
+    """
+
+    n_grid = 64
+    low, high = np.log(1e-9), 0.0
+
+    def __init__(self, theta: np.ndarray, library: np.ndarray, n_library: int = 8, n_nodes: int = 32):
+        from scipy.special import gammaincinv
+        from scipy.stats import poisson
+
+        theta = np.clip(np.asarray(theta, dtype=np.float64), 1e-3, 1e6)
+        sizes = np.quantile(np.asarray(library, dtype=np.float64), (np.arange(n_library) + 0.5) / n_library)
+        nodes = gammaincinv(theta[:, None], (np.arange(n_nodes) + 0.5) / n_nodes) / theta[:, None]
+        nodes /= np.maximum(nodes.mean(axis=1, keepdims=True), 1e-300)  # the mean stays exact
+        rho = np.exp(np.linspace(self.low, self.high, self.n_grid))
+        table = np.zeros((len(theta), self.n_grid))
+        log_rate = np.linspace(np.log(1e-8), np.log(1e7), 400)
+        rate = np.exp(log_rate)
+        small = rate < 60
+        counts = np.arange(0, 200)
+        pmf = poisson.pmf(counts[None, :], rate[small][:, None])
+        for size in sizes:
+            c = K.TARGET_SUM / size
+            h = np.log1p(c * rate) - 0.5 * c**2 * rate / (1 + c * rate) ** 2
+            h[small] = pmf @ np.log1p(c * counts)
+            for j, r in enumerate(rho):
+                lam = np.log(np.maximum(size * r * nodes, 1e-8))
+                table[:, j] += np.interp(lam, log_rate, h).mean(axis=1)
+        self.table = (table / len(sizes)).astype(np.float32)
+
+    def __call__(self, log_rho: Tensor) -> Tensor:
+        """Expected log1p CP10k, ``(cell, gene)``, of rates given by their natural logarithm."""
+        table = torch.as_tensor(self.table, device=log_rho.device)
+        position = ((log_rho - self.low) / (self.high - self.low) * (self.n_grid - 1)).clamp(0, self.n_grid - 1.001)
+        left = position.long()
+        weight = position - left
+        gene = torch.arange(table.shape[0], device=log_rho.device).expand_as(left)
+        return table[gene, left] * (1 - weight) + table[gene, left + 1] * weight
+
+    def inverse(self, mean: np.ndarray) -> np.ndarray:
+        """Log rate whose expected log1p CP10k is ``mean``, ``(gene,)``."""
+        grid = np.linspace(self.low, self.high, self.n_grid)
+        return np.array([np.interp(m, np.maximum.accumulate(row), grid) for m, row in zip(mean, self.table, strict=True)])
