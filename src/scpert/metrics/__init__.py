@@ -1,6 +1,7 @@
 """Compare predictions with real cells: trusted metrics, the noise ceiling, calibrated scores."""
 
-from . import _profile, _retrieval  # noqa: F401 - they fill METRICS
+from . import _de, _distribution, _profile, _retrieval  # noqa: F401 - they fill METRICS
+from ._de import wilcoxon
 from ._evaluate import evaluate
 from ._pair import Reference
 from ._registry import METRICS, Metric
@@ -17,4 +18,5 @@ __all__ = [
     "pseudobulk",
     "summarise",
     "training_mean",
+    "wilcoxon",
 ]

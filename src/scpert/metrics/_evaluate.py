@@ -110,7 +110,7 @@ def evaluate(
 def default_metrics(pair: Pair) -> list[str]:
     """All metrics that the pair's level allows."""
     cells = pair.level == "cell" and pair.reference.scale != K.SCALE_EFFECTS
-    return [name for name, m in METRICS.items() if cells or "cells" not in m.needs]
+    return [name for name, m in METRICS.items() if m.default and (cells or "cells" not in m.needs)]
 
 
 def compute(pair: Pair, metrics: str | Sequence[str] | None = None) -> pd.DataFrame:
@@ -132,7 +132,7 @@ def compute(pair: Pair, metrics: str | Sequence[str] | None = None) -> pd.DataFr
             reasons.setdefault(name, {})[label] = "the prediction holds NaN or infinite values"
     table.index = table.index.astype(str)
     table.index.name = "perturbation"
-    table.attrs = {
+    attrs: dict = {
         "reasons": reasons,
         **pair.report,
         "n_genes": len(pair.genes),
@@ -141,8 +141,8 @@ def compute(pair: Pair, metrics: str | Sequence[str] | None = None) -> pd.DataFr
         "scale": pair.reference.scale,
         "predicted_control": pair.reference_note,
         "has_train": pair.reference.train is not None,
-        "notes": list(getattr(pair, "notes", [])),
     }
+    table.attrs = attrs
     return table
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
@@ -182,7 +183,7 @@ class Reference:
 
     def _align(self, values: np.ndarray) -> np.ndarray:
         assert self.train is not None
-        position = self.train.genes.astype(str).get_indexer(self.genes)
+        position = self.train.genes.astype(str).get_indexer(pd.Index(self.genes))
         out = np.full((len(values), len(self.genes)), np.nan)
         out[:, position >= 0] = values[:, position[position >= 0]]
         return out
@@ -314,7 +315,7 @@ class Pair:
         self.random_state, self.max_cells = random_state, max_cells
         self.level, self.control = pred.level, ref.control
         names = predicted.var_names.astype(str)
-        position = names.get_indexer(ref.genes)
+        position = names.get_indexer(pd.Index(ref.genes))
         self.gene_index = np.flatnonzero(position >= 0)  # in the reference
         self.pred_gene_index = position[self.gene_index]  # in the prediction
         if len(self.gene_index) == 0:
@@ -392,7 +393,7 @@ class Pair:
                 base = np.median(implied, axis=0)
                 inside = self.predicted > 1e-6  # where X is clipped at zero the difference says nothing
                 off = (np.abs(implied - base) > 1e-3) & inside
-                if off.sum() <= 0.05 * max(1, inside.sum()):
+                if off.sum() <= 0.05 * max(1, int(inside.sum())):
                     return self.predicted - shift, "layers['delta'] of the prediction"
                 if ref.train_control is None:
                     logger.info("evaluate: layers['delta'] does not belong to X (X - delta differs between rows)")

@@ -9,6 +9,8 @@ from ._registry import Undefined, metric
 
 DELTA_EXPLOIT = "predicting the average response of all perturbations scores high (systematic variation)"
 SCALE_EXPLOIT = "shrinking every prediction towards the mean lowers it"
+FLAT_PREDICTION = "the predicted shift is constant over the genes"
+FLAT_TRUTH = "the observed shift is constant over the genes"
 ORACLE = "the genes are chosen by the test truth: a leak shared by all models; the target itself is usually among them"
 
 
@@ -41,9 +43,7 @@ def correlate(pair: Pair, a: np.ndarray, b: np.ndarray, mask: np.ndarray | None 
     out = masked_correlation(a, b, mask)
     if np.isnan(out).any():
         flat = np.isnan(masked_correlation(a, a, mask))
-        raise_partial(
-            out, np.where(flat, "the predicted shift is constant over the genes", "the observed shift is constant")
-        )
+        raise_partial(out, np.where(flat, FLAT_PREDICTION, FLAT_TRUTH))
     return out
 
 
@@ -153,7 +153,7 @@ def share_within_5pct(pair: Pair) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- correlations
 
 
-@metric("pearson_delta", best=1, formula="corr_g(δ̂_p, δ_p)", source="cell-eval", exploit=DELTA_EXPLOIT)
+@metric("pearson_delta", best=1, chance=0.0, formula="corr_g(δ̂_p, δ_p)", source="cell-eval", exploit=DELTA_EXPLOIT)
 def pearson_delta(pair: Pair) -> np.ndarray:
     """Pearson correlation of predicted and observed shift against control."""
     return correlate(pair, pair.predicted_delta, pair.delta)
@@ -162,6 +162,7 @@ def pearson_delta(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_no_target",
     best=1,
+    chance=0.0,
     formula="corr_g(δ̂_p, δ_p) over genes that are not p's targets",
     source="Csendes et al. 2025",
     exploit=DELTA_EXPLOIT,
@@ -174,6 +175,7 @@ def pearson_delta_no_target(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_top20",
     best=1,
+    chance=0.0,
     formula="corr over the 20 genes with the largest |δ_pg|",
     source="GEARS; Systema",
     exploit=ORACLE + "; " + DELTA_EXPLOIT,
@@ -186,6 +188,7 @@ def pearson_delta_top20(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_top20_no_target",
     best=1,
+    chance=0.0,
     formula="corr over the 20 genes with the largest |δ_pg| that are not p's targets",
     source="Csendes et al. 2025",
     exploit=ORACLE,
@@ -198,6 +201,7 @@ def pearson_delta_top20_no_target(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_top20_train",
     best=1,
+    chance=0.0,
     formula="corr over the 20 genes whose shift varies most between training perturbations",
     source="scpert: the top-k metric without the leak",
     needs=("train",),
@@ -211,27 +215,43 @@ def pearson_delta_top20_train(pair: Pair) -> np.ndarray:
     return correlate(pair, pair.predicted_delta, pair.delta, np.broadcast_to(mask, pair.delta.shape))
 
 
-@metric("spearman_delta", best=1, formula="rank correlation of δ̂_p and δ_p", source="textbook", exploit=DELTA_EXPLOIT)
+@metric(
+    "spearman_delta",
+    best=1,
+    chance=0.0,
+    formula="rank correlation of δ̂_p and δ_p",
+    source="textbook",
+    exploit=DELTA_EXPLOIT,
+)
 def spearman_delta(pair: Pair) -> np.ndarray:
     """Spearman correlation of predicted and observed shift."""
     from scipy.stats import rankdata
 
     flat = np.isnan(masked_correlation(pair.predicted_delta, pair.predicted_delta))
     out = masked_correlation(rankdata(pair.predicted_delta, axis=1), rankdata(pair.delta, axis=1))
-    if flat.any() or np.isnan(out).any():
-        raise_partial(np.where(flat, np.nan, out), "a shift is constant over the genes")
+    out = np.where(flat, np.nan, out)
+    if np.isnan(out).any():
+        raise_partial(out, np.where(flat, FLAT_PREDICTION, FLAT_TRUTH))
     return out
 
 
-@metric("cosine_delta", best=1, formula="<δ̂_p, δ_p> / (||δ̂_p|| ||δ_p||)", source="textbook", exploit=DELTA_EXPLOIT)
+@metric(
+    "cosine_delta",
+    best=1,
+    chance=0.0,
+    formula="<δ̂_p, δ_p> / (||δ̂_p|| ||δ_p||)",
+    source="textbook",
+    exploit=DELTA_EXPLOIT,
+)
 def cosine_delta(pair: Pair) -> np.ndarray:
     """Cosine of predicted and observed shift."""
     a, b = pair.predicted_delta, pair.delta
-    norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    zero = norm <= FLAT**2 * a.shape[1]
-    out = np.where(zero, np.nan, np.clip((a * b).sum(axis=1) / np.where(zero, 1.0, norm), -1, 1))
+    na, nb = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    flat = na <= FLAT * np.sqrt(a.shape[1])
+    zero = flat | (nb <= FLAT * np.sqrt(a.shape[1]))
+    out = np.where(zero, np.nan, np.clip((a * b).sum(axis=1) / np.where(zero, 1.0, na * nb), -1, 1))
     if zero.any():
-        raise_partial(out, "a shift is zero in all genes")
+        raise_partial(out, np.where(flat, "the predicted shift is zero in all genes", FLAT_TRUTH))
     return out
 
 
@@ -275,6 +295,7 @@ def _r2(pair: Pair, scatter: np.ndarray) -> np.ndarray:
 @metric(
     "pearson_delta_centroid",
     best=1,
+    chance=0.0,
     formula="corr_g(m̂_p - r, m_p - r), r = mean of the training perturbations' centroids",
     source="Systema (Viñas Torné et al. 2025)",
     needs=("train",),
@@ -289,6 +310,7 @@ def pearson_delta_centroid(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_centroid_no_target",
     best=1,
+    chance=0.0,
     formula="pearson_delta_centroid over genes that are not p's targets",
     source="Systema; Csendes et al. 2025",
     needs=("train",),
@@ -303,6 +325,7 @@ def pearson_delta_centroid_no_target(pair: Pair) -> np.ndarray:
 @metric(
     "pearson_delta_centroid_top20",
     best=1,
+    chance=0.0,
     formula="pearson_delta_centroid over the 20 genes with the largest |δ_pg|",
     source="Systema (Viñas Torné et al. 2025)",
     needs=("train",),
@@ -396,6 +419,7 @@ def _jaccard(pair: Pair, k: int) -> np.ndarray:
 @metric(
     "jaccard_top20",
     best=1,
+    chance=0.0,
     formula="|T̂ ∩ T| / |T̂ ∪ T|, T = 20 largest |δ_pg|",
     source="SAMS-VAE (Bereket & Karaletsos 2023)",
     exploit=DELTA_EXPLOIT,
@@ -408,6 +432,7 @@ def jaccard_top20(pair: Pair) -> np.ndarray:
 @metric(
     "jaccard_top50",
     best=1,
+    chance=0.0,
     formula="|T̂ ∩ T| / |T̂ ∪ T|, T = 50 largest |δ_pg|",
     source="SAMS-VAE (Bereket & Karaletsos 2023)",
     exploit=DELTA_EXPLOIT,
@@ -437,7 +462,8 @@ def _ate(pair: Pair, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
 def _flat_correlation(a: np.ndarray, b: np.ndarray) -> float:
     value = masked_correlation(a[None, :], b[None, :])[0]
     if np.isnan(value):
-        raise Undefined("all predicted (or observed) shifts are equal")
+        flat = np.isnan(masked_correlation(a[None, :], a[None, :])[0])
+        raise Undefined("the predicted shifts are all equal" if flat else "the observed shifts are all equal")
     return float(value)
 
 
@@ -447,6 +473,7 @@ ATE_SOURCE = "SAMS-VAE, GPO-VAE ('ATE-ρ'); natural log1p here, log2 there: corr
 @metric(
     "ate_pearson",
     best=1,
+    chance=0.0,
     level="set",
     formula="corr over all (p, g) of δ̂_pg and δ_pg",
     source=ATE_SOURCE,
@@ -477,6 +504,7 @@ def ate_r2(pair: Pair) -> float:
 @metric(
     "ate_pearson_top20",
     best=1,
+    chance=0.0,
     level="set",
     formula="ate_pearson over each p's 20 largest |δ_pg|",
     source=ATE_SOURCE,

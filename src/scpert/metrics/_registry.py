@@ -40,8 +40,13 @@ class Metric:
         ``"train"`` (training data), ``"cells"`` (predicted and observed cells).
     target
         The best value lies between too low and too high: no calibrated score.
+    chance
+        What a prediction without information scores, where the metric says so; calibrated scores use it where a flat
+        prediction has no value of its own.
     columns
         Columns that it fills, where more than its own name.
+    default
+        Whether it is computed unless named.
     """
 
     name: str
@@ -53,7 +58,9 @@ class Metric:
     exploit: str
     needs: tuple[str, ...] = ()
     target: bool = False
+    chance: float | None = None
     columns: tuple[str, ...] = ()
+    default: bool = True
     function: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -66,7 +73,7 @@ class Metric:
 METRICS: dict[str, Metric] = {}
 
 
-class Undefined(Exception):  # noqa: N818 - carries a result, is not shown to users
+class Undefined(Exception):
     """A metric has no value: for all perturbations (``reason``) or for some (``values`` with ``reasons``)."""
 
     def __init__(self, reason: str = "", *, values: np.ndarray | None = None, reasons: np.ndarray | None = None):
@@ -84,14 +91,28 @@ def metric(
     level: str = "pseudobulk",
     needs: tuple[str, ...] = (),
     target: bool = False,
+    chance: float | None = None,
     columns: tuple[str, ...] = (),
+    default: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function of a pair as a metric; the first line of its docstring is the definition."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         definition = (function.__doc__ or "").strip().splitlines()[0]
         METRICS[name] = Metric(
-            name, definition, formula, source, best, level, exploit, needs, target, columns, function
+            name,
+            definition,
+            formula,
+            source,
+            best,
+            level,
+            exploit,
+            needs=needs,
+            target=target,
+            chance=chance,
+            columns=columns,
+            default=default,
+            function=function,
         )
         return function
 

@@ -61,8 +61,9 @@ def _discrimination(pair: Pair, kind: str) -> np.ndarray:
     return 1.0 - (1.0 - wins).sum(axis=1) / n
 
 
-_PDS = {
+_PDS: dict = {
     "best": 1,
+    "chance": 0.5,
     "formula": "1 - rank_p / P, rank_p = #{q: d_pq < d_pp} + #ties/2, d over genes but p's targets",
     "source": "cell-eval, Virtual Cell Challenge (ties there by row order; there only a single target is left out)",
 }
@@ -123,8 +124,9 @@ def _cosine(dot: np.ndarray, aa: np.ndarray, bb: np.ndarray) -> np.ndarray:
     return 1.0 - np.where(norm > 0, dot / np.where(norm > 0, norm, 1.0), 0.0)
 
 
-_NIR = {
+_NIR: dict = {
     "best": 1,
+    "chance": 0.5,
     "formula": "mean_q [d(δ̂_p, δ_p) < d(δ̂_p, δ_q)], d over genes that neither p nor q targets; 0.5 by chance",
     "source": "Kernfeld et al. 2025",
 }
@@ -151,6 +153,7 @@ def retrieval_cosine_no_targets(pair: Pair) -> np.ndarray:
 @metric(
     "centroid_accuracy",
     best=1,
+    chance=0.5,
     formula="(1/(P-1)) #{q != p: ||m̂_p - m_q|| > ||m̂_p - m_p||}, ties 1/2; 0.5 by chance",
     source="Systema (Viñas Torné et al. 2025); the same as NIR of Miller et al. 2025",
     exploit="the knocked-down target alone can identify a perturbation: see retrieval_l2_no_targets",
@@ -167,6 +170,7 @@ def centroid_accuracy(pair: Pair) -> np.ndarray:
 @metric(
     "transposed_rank",
     best=0,
+    chance=0.5,
     formula="(1/(P-1)) #{q != p: d(δ̂_q, δ_p) < d(δ̂_p, δ_p)}, ties 1/2, d Euclidean; 0.5 by chance",
     source="PerturBench (Wu et al. 2024; there ties count in full and the division is by P)",
     exploit="depends on the scale of the predictions",

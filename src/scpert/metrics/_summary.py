@@ -165,7 +165,7 @@ def ceiling(
             scale=scale,
             library_size_key=library_size_key,
         )
-    names = [m.name for m in resolve(metrics, [n for n, m in METRICS.items() if "cells" not in m.needs])]
+    names = [m.name for m in resolve(metrics, [n for n, m in METRICS.items() if m.default and "cells" not in m.needs])]
     if kind == "interpolated" and reference.centroid is None:
         raise ScpertError("The interpolated duplicate needs training data (train=): it shrinks towards their mean.")
     labels = reference.perturbations
@@ -294,7 +294,8 @@ def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator
 
 def _padj(half: Reference) -> np.ndarray:
     """BH-adjusted p of Welch's test of each perturbation against control ``(perturbation, gene)``."""
-    from scipy.stats import false_discovery_control, t as student
+    from scipy.stats import false_discovery_control
+    from scipy.stats import t as student
 
     n, c = half.n_cells[:, None].astype(float), float(len(half.rows[half.control]))
     a, b = half.var / n, half._moments["control_var"] / c
@@ -328,13 +329,27 @@ def _shared(tables: Mapping[str, pd.DataFrame], metric_names: Sequence[str] | No
     return rows, list(metric_names)
 
 
+def _values(table: pd.DataFrame, rows: Sequence[str], name: str) -> np.ndarray:
+    """A column; where the *prediction* is flat and so has no value, what a prediction without information scores."""
+    out = table[name].reindex(list(rows)).to_numpy(dtype=float)
+    chance = METRICS[name].chance if name in METRICS else None
+    why = table.attrs.get("reasons", {}).get(name, {})
+    if chance is None or not why:
+        return out
+    out = out.copy()
+    for i, row in enumerate(rows):
+        if np.isnan(out[i]) and str(why.get(row, why.get("all", ""))).startswith("the predicted"):
+            out[i] = chance
+    return out
+
+
 def _higher(name: str) -> bool | None:
     m = METRICS.get(name)
     return m.higher_is_better if m is not None else None
 
 
 def _resampler(
-    rows: Sequence[str], clusters: Mapping[str, str] | pd.Series | None, n_boot: int, seed: int
+    rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None, n_boot: int, seed: int
 ) -> np.ndarray:
     """Weights ``(n_boot, n)``: how often each perturbation is drawn; whole clusters are drawn together."""
     rng = np.random.default_rng(seed)
@@ -369,7 +384,8 @@ def summarise(
 
     ``score = (s_model - s_baseline) / (s_ceiling - s_baseline)`` with ``s`` the mean over the perturbations that all
     three tables have a value for. Where the ceiling is not clearly better than the baseline (bootstrap limit of their
-    difference), the score is NaN and the verdict says "nothing to predict here".
+    difference), the score is NaN and the verdict says "nothing to predict here". A prediction that is flat, and so has no
+    correlation, counts with the metric's value by chance: nobody gains by predicting nothing.
 
     Parameters
     ----------
@@ -404,7 +420,7 @@ def summarise(
     tail = 100 * (1 - confidence) / 2
     out = []
     for name in names:
-        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (table, baseline, ceiling)])
+        values = np.column_stack([_values(t, rows, name) for t in (table, baseline, ceiling)])
         ok = np.isfinite(values).all(axis=1)
         record: dict[str, Any] = {"metric": name, "n": int(ok.sum())}
         higher = _higher(name)
@@ -494,7 +510,7 @@ def compare(
     confidence: float = 0.95,
     random_state: int = 0,
 ) -> pd.DataFrame:
-    """Paired bootstrap over perturbations: is ``a`` better than ``b``?
+    """Tell whether ``a`` is better than ``b``, by a paired bootstrap over perturbations.
 
     Parameters
     ----------
@@ -524,7 +540,7 @@ def compare(
     tail = 100 * (1 - confidence) / 2
     out = []
     for name in names:
-        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (a, b)])
+        values = np.column_stack([_values(t, rows, name) for t in (a, b)])
         ok = np.isfinite(values).all(axis=1)
         higher = _higher(name)
         sign = -1.0 if higher is False else 1.0
@@ -594,7 +610,7 @@ def dynamic_range(
         higher = _higher(name)
         if higher is None:
             continue
-        values = np.column_stack([t.loc[rows, name].to_numpy(dtype=float) for t in (baseline, ceiling)])
+        values = np.column_stack([_values(t, rows, name) for t in (baseline, ceiling)])
         ok = np.isfinite(values).all(axis=1)
         record: dict[str, Any] = {
             "metric": name,
