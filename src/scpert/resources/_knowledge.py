@@ -264,8 +264,8 @@ def gene_ontology(
         raise FileFormatError(
             f"{file} holds no annotation of organism={organism!r} (taxon {tax}). Name the organism of the file."
         )
-    if "qualifier" in table:
-        table = table[~table["qualifier"].str.upper().str.split("|").map(lambda q: "NOT" in [x.strip() for x in q])]
+    if "qualifier" in table:  # "NOT", "NOT|involved_in" (GAF) or "NOT involved_in" (gene2go)
+        table = table[~table["qualifier"].str.contains(r"(?:^|[| ])NOT(?:$|[| ])", regex=True)]
     if evidence is not None:
         if "evidence" not in table:
             raise ScpertError(f"{file} has no evidence codes: leave evidence=None, or use a GAF or gene2go file.")

@@ -131,12 +131,22 @@ def read_table(path: Path, *, comment: str | None = None) -> pd.DataFrame:
             )
         except (pd.errors.ParserError, pd.errors.EmptyDataError) as err:
             raise FileFormatError(f"{path} is no table with one header line: {err}") from err
-    if table.isna().to_numpy().any():
-        row = int(table.isna().any(axis=1).to_numpy().argmax()) + 2
-        raise FileFormatError(f"{path}: row {row} has fewer than {len(names)} columns. Is the file truncated?")
+    if separator == "\t":
+        _check_width(path, len(names), comment)
     for name in table.columns:
         table[name] = table[name].astype(str).str.strip()
     return table
+
+
+def _check_width(path: Path, width: int, comment: str | None) -> None:
+    """Raise if a line has fewer tab-separated fields than the header (pandas fills them up)."""
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.count("\t") < width - 1 and line.strip() and not (comment and line.startswith(comment)):
+                raise FileFormatError(
+                    f"{path}: line {number} has {line.count(chr(9)) + 1} tab-separated field(s), the header {width}. Is the "
+                    "file truncated?"
+                )
 
 
 def column(table: pd.DataFrame, names: Sequence[str], what: str, where: Any) -> str:

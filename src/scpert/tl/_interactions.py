@@ -42,6 +42,7 @@ INTERACTION_THRESHOLDS = {
     "suppression_magnitude": 0.75,
 }
 CLASSES = ("synergy", "suppression", "additive", "epistasis", "redundancy", "neomorphism")
+_SMALL = 256  # samples up to this size: all pairs at once is faster than sorting
 _LEAST = 1e-3  # coefficients below count as this in the dominance, which stays finite
 
 
@@ -62,7 +63,7 @@ def _subsets(n: int, k: int, most: int, rng: np.random.Generator) -> np.ndarray:
     return drawn
 
 
-def _spatial_median(points: np.ndarray, weights: np.ndarray, tolerance: float = 1e-7, most: int = 500) -> np.ndarray:
+def _spatial_median(points: np.ndarray, weights: np.ndarray, tolerance: float = 1e-6, most: int = 500) -> np.ndarray:
     """Point of the least weighted sum of distances to ``points`` ``(n, k)``: Weiszfeld's iteration."""
     if points.shape[1] == 1:
         order = np.argsort(points[:, 0], kind="stable")
@@ -202,12 +203,16 @@ def _product_sum(x: np.ndarray, y: np.ndarray) -> float:
     return 2 * (2 * rising - plain)
 
 
-def _moments_1d(x: np.ndarray, y: np.ndarray) -> float:
-    """Squared distance covariance (V-statistic) of two samples of numbers."""
+def _squared_covariance(x: np.ndarray, y: np.ndarray, rows_x: np.ndarray, rows_y: np.ndarray) -> float:
+    """Squared distance covariance (V-statistic) of two samples of numbers, given their sums of distances."""
     n = len(x)
-    a = _row_sums(x, np.argsort(x, kind="stable"))
-    b = _row_sums(y, np.argsort(y, kind="stable"))
-    return _product_sum(x, y) / n**2 - 2 * float(a @ b) / n**3 + float(a.sum() * b.sum()) / n**4
+    if x is y:
+        product = 2 * (n * float(x @ x) - float(x.sum()) ** 2)
+    elif n <= _SMALL:
+        product = float(np.einsum("ij,ij->", np.abs(x[:, None] - x), np.abs(y[:, None] - y)))
+    else:
+        product = _product_sum(x, y)
+    return product / n**2 - 2 * float(rows_x @ rows_y) / n**3 + float(rows_x.sum() * rows_y.sum()) / n**4
 
 
 def _moments_nd(x: np.ndarray, y: np.ndarray, block: int = 512) -> tuple[float, float, float]:
@@ -257,7 +262,9 @@ def distance_correlation(x: np.ndarray, y: np.ndarray) -> float:
         if scale_x == 0 or scale_y == 0:
             return float("nan")
         x, y = (x - x.mean()) / scale_x, (y - y.mean()) / scale_y
-        cov, var_x, var_y = _moments_1d(x, y), _moments_1d(x, x), _moments_1d(y, y)
+        rows_x, rows_y = (_row_sums(v, np.argsort(v, kind="stable")) for v in (x, y))
+        cov = _squared_covariance(x, y, rows_x, rows_y)
+        var_x, var_y = _squared_covariance(x, x, rows_x, rows_x), _squared_covariance(y, y, rows_y, rows_y)
     else:
         cov, var_x, var_y = _moments_nd(x.reshape(len(x), -1), y.reshape(len(y), -1))
     if var_x <= 1e-15 * max(1.0, var_y) or var_y <= 1e-15 * max(1.0, var_x):

@@ -1,0 +1,311 @@
+"""Readers of GO, regulons, interactomes and aliases: formats, damage, mapping, provenance."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+import pytest
+
+from scpert.errors import FileFormatError, ScpertError
+from scpert.resources import gene_ontology, interactome, map_symbols, regulons
+from scpert.resources._read import ancestors, open_text, read_gmt, read_table
+
+PRIORS = os.environ.get("SCPERT_TEST_PRIORS")
+needs_priors = pytest.mark.skipif(
+    not PRIORS, reason="SCPERT_TEST_PRIORS does not name a folder with real annotation files"
+)
+
+GAF = (
+    "!gaf-version: 2.2\n"
+    "!a comment\n"
+    "U\tP1\tKLF1\tinvolved_in\tGO:0000001\tPMID:1\tIDA\t\tP\tname with space\t\tprotein\ttaxon:9606\t20200101\tU\t\t\n"
+    "U\tP1\tKLF1\tNOT|involved_in\tGO:0000002\tPMID:1\tIDA\t\tP\tname\t\tprotein\ttaxon:9606\t20200101\tU\t\t\n"
+    "U\tP2\tCBL\tenables\tGO:0005515\tPMID:1\tIEA\t\tF\tname\t\tprotein\ttaxon:9606|taxon:10090\t20200101\tU\t\t\n"
+    "U\tP3\tKlf1\tenables\tGO:0000001\tPMID:1\tIEA\t\tP\tname\t\tprotein\ttaxon:10090\t20200101\tU\t\t\n"
+)
+GENE2GO = (
+    "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n"
+    "9606\t10661\tGO:0000001\tIDA\tinvolved_in\tsome term\t1\tProcess\n"
+    "9606\t867\tGO:0000003\tIEA\tNOT involved_in|x\tterm\t1\tProcess\n"
+    "9606\t867\tGO:0000002\tIEA\tenables\tterm\t1\tFunction\n"
+    "10090\t16596\tGO:0000001\tIEA\tenables\tterm\t1\tFunction\n"
+)
+
+
+def write(path: Path, text: str, form: str = "plain") -> Path:
+    """The same text as a plain, gzip, zip or Windows file."""
+    if form == "gzip":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif form == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("inside.txt", text)
+    elif form == "windows":
+        path.write_bytes(("\ufeff" + text).replace("\n", "\r\n").encode())
+    else:
+        path.write_text(text)
+    return path
+
+
+def pairs(table: pd.DataFrame) -> set[tuple[str, str]]:
+    assert list(table.columns) == ["gene", "term"]
+    return set(zip(table["gene"], table["term"], strict=True))
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip", "zip", "windows"])
+def test_gaf_selects_organism_and_drops_not(tmp_path, form):
+    out = gene_ontology(write(tmp_path / "a.gaf", GAF, form))
+    assert pairs(out) == {("KLF1", "GO:0000001"), ("CBL", "GO:0005515")}
+    assert out.attrs["format"] == "gaf"
+    assert pairs(gene_ontology(tmp_path / "a.gaf", organism="mouse")) == {("Klf1", "GO:0000001"), ("CBL", "GO:0005515")}
+
+
+def test_gaf_filters(tmp_path):
+    path = write(tmp_path / "a.gaf", GAF)
+    assert pairs(gene_ontology(path, exclude_terms=["GO:0005515"])) == {("KLF1", "GO:0000001")}
+    assert pairs(gene_ontology(path, domains=["MF"])) == {("CBL", "GO:0005515")}
+    assert pairs(gene_ontology(path, evidence=["IDA"])) == {("KLF1", "GO:0000001")}
+    with pytest.raises(ScpertError, match="No annotation .* is left"):
+        gene_ontology(path, evidence=["XXX"])
+    with pytest.raises(ScpertError, match="domains='XX' is not known"):
+        gene_ontology(path, domains=["XX"])
+    with pytest.raises(FileFormatError, match="no annotation of organism='fly'"):
+        gene_ontology(path, organism="fly")
+    with pytest.raises(ScpertError, match="organism='martian' is not known"):
+        gene_ontology(path, organism="martian")
+
+
+def test_gene2go_maps_numbers_to_symbols(tmp_path):
+    path = write(tmp_path / "gene2go.gz", GENE2GO, "gzip")
+    ids = pd.DataFrame({"GeneID": [10661], "Symbol": ["KLF1"]})
+    out = gene_ontology(path, gene_ids=ids)
+    assert pairs(out) == {("KLF1", "GO:0000001")}
+    assert out.attrs["unmapped_ids"] == ["867"]
+    assert pairs(gene_ontology(path)) == {("10661", "GO:0000001"), ("867", "GO:0000002")}
+
+
+@pytest.mark.parametrize("form", ["plain", "gzip", "windows"])
+def test_table_and_gmt_with_spaces_in_names(tmp_path, form):
+    table = write(tmp_path / "t.tsv", " symbol \tgo_id\n KLF1 \tGO:1 \nNA\tGO:1\n", form)
+    assert pairs(gene_ontology(table)) == {("KLF1", "GO:1"), ("NA", "GO:1")}  # NA is a gene here
+    gmt = write(
+        tmp_path / "t.gmt", "heart cell fate (GO:0000006)\t\tKLF1\tCBL \nother set\tBP|words here\tCBL\tCBL\n\n", form
+    )
+    assert pairs(gene_ontology(gmt)) == {("KLF1", "GO:0000006"), ("CBL", "GO:0000006"), ("CBL", "other set")}
+    assert read_gmt(gmt)[1] == ("other set", "BP|words here", ["CBL"])
+
+
+def test_min_terms_and_propagation_against_networkx(tmp_path):
+    rng = np.random.default_rng(0)
+    edges = [(f"T{i}", f"T{j}") for i in range(1, 40) for j in rng.choice(i, size=min(i, 2), replace=False)]
+    hierarchy = write(tmp_path / "h.tsv", "child\tparent\n" + "".join(f"{c}\t{p}\n" for c, p in edges))
+    rows = [(f"G{rng.integers(12)}", f"T{rng.integers(40)}") for _ in range(60)]
+    path = write(tmp_path / "a.tsv", "gene\tterm\n" + "".join(f"{g}\t{t}\n" for g, t in rows))
+    graph = nx.DiGraph(edges)
+    expected = {(g, t) for g, t in rows} | {(g, a) for g, t in rows for a in nx.descendants(graph, t)}
+    out = gene_ontology(path, hierarchy=hierarchy)
+    assert pairs(out) == expected
+    assert pairs(gene_ontology(path, hierarchy=hierarchy, propagate=False)) == set(rows)
+    few = gene_ontology(path, min_terms=5)
+    counts = pd.Series([g for g, _ in set(rows)]).value_counts()
+    assert set(few["gene"]) == set(counts[counts >= 5].index)
+    assert "T0" not in set(gene_ontology(path, hierarchy=hierarchy, exclude_terms=["T0"])["term"])
+
+
+def test_obo_and_old_identifiers(tmp_path):
+    obo = write(
+        tmp_path / "go.obo",
+        "format-version: 1.2\n\n[Term]\nid: GO:2\nalt_id: GO:9\nis_a: GO:1 ! the root\n\n[Typedef]\nid: part_of\nis_a: x\n",
+    )
+    path = write(tmp_path / "a.tsv", "gene\tterm\nA\tGO:9\nB\tGO:2\n")
+    assert ("A", "GO:1") in pairs(gene_ontology(path, hierarchy=obo))
+    with pytest.raises(FileFormatError, match="holds none of the terms"):
+        gene_ontology(write(tmp_path / "b.tsv", "gene\tterm\nA\tXX:9\n"), hierarchy=obo)
+
+
+def test_hierarchy_with_cycle_is_named(tmp_path):
+    hierarchy = write(tmp_path / "h.tsv", "child\tparent\nA\tB\nB\tC\nC\tA\nD\tA\n")
+    path = write(tmp_path / "a.tsv", "gene\tterm\nG\tD\n")
+    with pytest.raises(FileFormatError, match=r"has a cycle: A -> B -> C -> A"):
+        gene_ontology(path, hierarchy=hierarchy)
+    with pytest.raises(FileFormatError, match="cycle: A -> A"):
+        ancestors({"A": {"A"}}, "x")
+
+
+def test_damaged_files(tmp_path):
+    whole = gzip.compress(("symbol\tgo_id\n" + "".join(f"G{i}\tGO:{i * 7919}\n" for i in range(5000))).encode())
+    cut = tmp_path / "cut.tsv.gz"
+    cut.write_bytes(whole[: len(whole) // 2])
+    for call in (gene_ontology, regulons, interactome):
+        with pytest.raises(FileFormatError, match="truncated or damaged"):
+            call(cut)
+    flipped = tmp_path / "flipped.tsv.gz"
+    flipped.write_bytes(whole[:100] + bytes(b ^ 255 for b in whole[100:200]) + whole[200:])
+    with pytest.raises(FileFormatError):
+        gene_ontology(flipped)
+    empty = tmp_path / "empty.tsv"
+    empty.touch()
+    with pytest.raises(FileFormatError, match="is empty"):
+        gene_ontology(empty)
+    with pytest.raises(FileFormatError, match="is not a file"):
+        gene_ontology(tmp_path / "nowhere.tsv")
+    with pytest.raises(FileFormatError, match="15 or 17. Is the file truncated"):
+        gene_ontology(write(tmp_path / "t.gaf", GAF[:-60]))
+    with pytest.raises(FileFormatError, match="a gene2go line 8"):
+        gene_ontology(write(tmp_path / "gene2go", GENE2GO[:-30]))
+    with pytest.raises(FileFormatError, match="tab-separated field"):
+        gene_ontology(write(tmp_path / "spaces.gmt", "name description KLF1 CBL\n"))
+    with pytest.raises(FileFormatError, match="no column for the term"):
+        gene_ontology(write(tmp_path / "c.tsv", "gene\tvalue\nA\t1\n"))
+    with pytest.raises(FileFormatError, match="line 3 has 1 tab-separated"):
+        read_table(write(tmp_path / "short.tsv", "gene\tterm\nA\tx\nB\n"))
+    binary = tmp_path / "b.tsv"
+    binary.write_bytes(b"gene\tterm\n\xff\xfe\x00\x81\n")
+    with pytest.raises(FileFormatError, match="no UTF-8 text"):
+        gene_ontology(binary)
+    two = tmp_path / "two.zip"
+    with zipfile.ZipFile(two, "w") as archive:
+        archive.writestr("a", "x")
+        archive.writestr("b", "x")
+    with pytest.raises(FileFormatError, match="holds 2 files"), open_text(two):
+        pass
+
+
+def test_provenance(tmp_path):
+    path = write(tmp_path / "a.tsv", "gene\tterm\nA\tx\n")
+    attrs = gene_ontology(path).attrs
+    assert attrs["source"] == str(path) and attrs["licence"] == "GO: CC BY 4.0" and attrs["date"][:2] == "20"
+    assert attrs["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ symbols
+
+
+HGNC = (
+    "hgnc_id\tsymbol\talias_symbol\tprev_symbol\n"
+    'HGNC:1\tKMT2A\t"TRX1|ALL-1"\tMLL\n'
+    "HGNC:2\tTRX1B\tTRX1\t\n"
+    "HGNC:3\tMLL2\t\t\n"
+)
+
+
+def test_map_symbols(tmp_path):
+    path = write(tmp_path / "hgnc.txt", HGNC)
+    out = map_symbols(["KMT2A", "MLL", "ALL-1", "mll", "TRX1", "NEW", "MLL2"], path).set_index("symbol")
+    assert out["approved"].to_dict() == {
+        "KMT2A": "KMT2A",
+        "MLL": "KMT2A",
+        "ALL-1": "KMT2A",
+        "mll": "KMT2A",
+        "TRX1": "TRX1",  # an alias of two genes is not guessed
+        "NEW": "NEW",
+        "MLL2": "MLL2",
+    }
+    assert out["how"].tolist() == ["approved", "previous", "alias", "case", "unmapped", "unmapped", "approved"]
+
+
+def test_aliases_rename_and_report(tmp_path):
+    aliases = pd.DataFrame({"symbol_or_alias": ["MLL"], "approved_symbol": ["KMT2A"]})
+    path = write(tmp_path / "a.tsv", "gene\tterm\nMLL\tx\nKMT2A\tx\nKMT2A\ty\nODD\ty\n")
+    out = gene_ontology(path, aliases=aliases)
+    assert pairs(out) == {("KMT2A", "x"), ("KMT2A", "y"), ("ODD", "y")}
+    assert out.attrs["unmapped"] == ["ODD"] and out.attrs["renamed"] == 1
+    net = interactome(write(tmp_path / "i.tsv", "gene_a\tgene_b\nMLL\tODD\n"), aliases=aliases)
+    assert set(net["source"]) == {"KMT2A", "ODD"} and net.attrs["unmapped"] == ["ODD"]
+    with pytest.raises(FileFormatError, match="no column for the alias"):
+        map_symbols(["A"], pd.DataFrame({"x": ["A"], "y": ["B"]}))
+
+
+# ------------------------------------------------------------------------------------------------ nets
+
+
+def test_regulons_forms(tmp_path):
+    net = regulons(write(tmp_path / "c.tsv", "source\ttarget\tweight\nA\tB\t1\nA\tB\t-1\nA\tC\t-1\nA\tA\t1\n"))
+    assert net.values.tolist() == [["A", "C", -1.0]]  # self loop and contradictory pair gone
+    dorothea = write(tmp_path / "d.csv", "tf,confidence,target,mor\nA,A,B,1\nA,D,C,-1\n", "windows")
+    assert len(regulons(dorothea)) == 2
+    assert regulons(dorothea, confidence=["A"])["target"].tolist() == ["B"]
+    pd.DataFrame({"tf": ["A"], "target": ["B"], "mor": [-1.0]}).to_parquet(tmp_path / "d.parquet")
+    assert regulons(tmp_path / "d.parquet")["weight"].tolist() == [-1.0]
+    trrust = write(tmp_path / "t.tsv", "tf\ttarget\teffect\nA\tB\tRepression\nA\tC\tUnknown\n")
+    assert regulons(trrust).values.tolist() == [["A", "B", -1.0]]
+    assert regulons(write(tmp_path / "u.tsv", "tf\ttarget\nA\tB\n"))["weight"].tolist() == [1.0]
+    with pytest.raises(ScpertError, match="NaN, infinite or no numbers"):
+        regulons(write(tmp_path / "n.tsv", "tf\ttarget\tmor\nA\tB\tx\n"))
+    with pytest.raises(ScpertError, match="no edge of confidence"):
+        regulons(dorothea, confidence=["Z"])
+    with pytest.raises(ScpertError, match="source='encode' is not known"):
+        regulons(source="encode")
+
+
+def test_interactome_forms(tmp_path):
+    net = interactome(write(tmp_path / "p.tsv", "gene_a\tgene_b\nB\tA\nA\tB\nA\tA\nA\tC\n"))
+    assert net.values.tolist() == [["A", "B", 1.0], ["A", "C", 1.0], ["B", "A", 1.0], ["C", "A", 1.0]]
+    links = write(
+        tmp_path / "l.txt.gz", "protein1 protein2 combined_score\n9606.P1 9606.P2 900\n9606.P1 9606.P3 300\n", "gzip"
+    )
+    info = write(tmp_path / "i.txt", "#string_protein_id\tpreferred_name\n9606.P1\tA\n9606.P2\tB\n9606.P3\tC\n")
+    net = interactome(links, info=info)
+    assert net.values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
+    assert len(interactome(links, info=info, min_score=200)) == 4
+    with pytest.raises(ScpertError, match="pass STRING's protein.info file as info="):
+        interactome(links)
+    with pytest.raises(FileFormatError, match="no name for 1 proteins"):
+        interactome(links, info=pd.DataFrame({"string_protein_id": ["9606.P1"], "preferred_name": ["A"]}))
+    head = "Official Symbol Interactor A\tOfficial Symbol Interactor B\tOrganism ID Interactor A\tOrganism ID Interactor B\n"
+    tab3 = write(tmp_path / "b.tab3.zip", head + "A\tB\t9606\t9606\nA\tXa\t9606\t10090\n", "zip")
+    assert interactome(tab3).values.tolist() == [["A", "B", 1.0], ["B", "A", 1.0]]
+    with pytest.raises(ScpertError, match="No interaction .* is left"):
+        interactome(tab3, organism="yeast")
+
+
+# ------------------------------------------------------------------------------------------------ real files
+
+
+@needs_priors
+def test_real_files_are_read_as_pandas_reads_them():
+    folder = Path(PRIORS)
+    go = folder / "go_direct_allev_human_2015-07.tsv.gz"
+    raw = pd.read_csv(go, sep="\t", keep_default_na=False, dtype=str)
+    out = gene_ontology(go)
+    assert pairs(out) == set(zip(raw["symbol"], raw["go_id"], strict=True))
+    yeast = gene_ontology(folder / "go_direct_allev_yeast_2018-11.tsv.gz", organism="yeast")
+    assert "ACT1" in set(yeast["gene"])
+    gmt = gene_ontology(folder / "go_gene2go_subset_human_2024-04.gmt.gz")
+    tsv = gene_ontology(folder / "go_gene2go_subset_human_2024-04.tsv.gz")
+    assert pairs(gmt) == pairs(tsv)
+    enrichr = gene_ontology(folder / "enrichr_GO_Biological_Process_2021.gmt.gz")
+    assert enrichr["term"].str.fullmatch(r"GO:\d{7}").all()
+    net = regulons(folder / "collectri_human_2023.tsv.gz")
+    assert {"MYC", "GATA1"} <= set(net["source"]) and set(net["weight"]) <= {-1.0, 1.0}
+    levels = regulons(folder / "dorothea_human_A-E_v1.7.parquet", confidence="AB")
+    raw = pd.read_parquet(folder / "dorothea_human_A-E_v1.7.parquet")
+    raw = raw[raw["confidence"].isin(["A", "B"]) & (raw["tf"] != raw["target"])]
+    assert len(levels) == len(raw.drop_duplicates(["tf", "target"]))
+    string = interactome(folder / "string_v12.0_human_score800.tsv.gz")
+    mirrored = string.rename(columns={"source": "target", "target": "source"})
+    pd.testing.assert_frame_equal(
+        mirrored.sort_values(["source", "target"], ignore_index=True)[["source", "target", "weight"]], string
+    )
+
+
+@needs_priors
+def test_real_propagation_and_aliases():
+    folder = Path(PRIORS)
+    edges = pd.read_csv(folder / "go_isa_edges_2024-02.tsv.gz", sep="\t")
+    graph = nx.DiGraph(list(zip(edges["child"], edges["parent"], strict=True)))
+    path = folder / "go_direct_expev_human_2018-10.tsv.gz"
+    direct = gene_ontology(path)
+    out = gene_ontology(path, hierarchy=folder / "go_isa_edges_2024-02.tsv.gz")
+    for gene in np.random.default_rng(0).choice(direct["gene"].unique(), 25, replace=False):
+        terms = set(direct.loc[direct["gene"] == gene, "term"])
+        expected = terms.union(*(nx.descendants(graph, t) for t in terms if t in graph))
+        assert set(out.loc[out["gene"] == gene, "term"]) == expected
+    mapping = map_symbols(["MLL", "klf1", "NOTAGENE"], folder / "hgnc_alias_to_approved_2022-04.tsv.gz")
+    assert mapping["approved"].tolist() == ["KMT2A", "KLF1", "NOTAGENE"]
