@@ -168,7 +168,8 @@ class CPA(_ConditionalModel):
     adversary_weight
         Strength of the adversary; 0: none.
     kl_weight
-        Weight of a KL on the basal latent; 0: a plain autoencoder, as published.
+        Weight of a KL on the basal latent, without which (and without adversary) the latent tells the perturbation and
+        the embeddings learn nothing; 0: a plain autoencoder, as published together with the adversary.
 
     Examples
     --------
@@ -190,7 +191,7 @@ class CPA(_ConditionalModel):
         n_layers: int = 1,
         n_latent: int = 32,
         adversary_weight: float = 0.0,
-        kl_weight: float = 0.0,
+        kl_weight: float = 1.0,
         *,
         registry: dict | None = None,
     ):

@@ -48,7 +48,7 @@ class _GraphModel(PerturbationModel):
     scope = "unseen"
     _scales = K.SCALES
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
-    _group_labels = 4
+    _group_labels = 2
     _max_epochs = 20
     _monitor = "validation_loss"
 

@@ -163,5 +163,5 @@ class ConditionalModule(BaseModuleClass):
             loss = loss + len(self.read.bias) * adversary
             extra["adversary"] = adversary.detach()
         return LossOutput(
-            loss=loss, reconstruction_loss=nll, kl_local=kl, extra_metrics=extra or None, n_obs_minibatch=len(x)
+            loss=loss, reconstruction_loss=nll, kl_local=kl, extra_metrics=extra, n_obs_minibatch=len(x)
         )
