@@ -1,0 +1,227 @@
+"""GEARS and BioDSNN as users hold them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import scpert
+from scpert.errors import ScpertError, UnknownTargetError
+from scpert.model import GEARS, BioDSNN
+
+SMALL = {"n_hidden": 8}
+WIDE = {"n_hidden": 8, "n_feedforward": 16, "n_latent": 4}
+
+
+def _options(cls):
+    return WIDE if cls is BioDSNN else SMALL
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return scpert.datasets.simulated(n_cells=700, n_genes=30, n_targets=18, n_combinations=4, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def nets(screen):
+    rng = np.random.default_rng(0)
+    names = sorted({t for x in screen.obs["perturbation"].astype(str) if x != "control" for t in x.split("+")})
+    names = [*names, "NEW1", "NEW2"]
+    s, t = rng.integers(len(names), size=60), rng.integers(len(names), size=60)
+    go = pd.DataFrame({"source": np.array(names)[s], "target": np.array(names)[t], "weight": 0.5})
+    go = pd.concat([go[go.source != go.target], pd.DataFrame({"source": [names[0]], "target": ["NEW1"], "weight": [0.9]})])
+    genes = screen.var_names.to_numpy()
+    s, t = rng.integers(len(genes), size=80), rng.integers(len(genes), size=80)
+    mask = pd.DataFrame({"source": genes[s], "target": genes[t], "weight": 1.0})
+    return go, mask[mask.source != mask.target]
+
+
+def _trained(cls, adata, nets, epochs=2, **options):
+    cls.setup_anndata(adata)
+    extra = {"pathway_net": nets[1]} if cls is BioDSNN else {}
+    model = cls(adata, perturbation_net=nets[0], **{**_options(cls), **extra, **options})
+    start = {k: v.detach().clone() for k, v in model.module.named_parameters()}
+    model.train(max_epochs=epochs, accelerator="cpu", batch_size=128)
+    return model, start
+
+
+@pytest.mark.parametrize("cls", [GEARS, BioDSNN])
+@pytest.mark.parametrize("anchor", ["graph", "none"])
+def test_every_parameter_moves_and_prediction_repeats(cls, anchor, screen, nets, tmp_path):
+    model, start = _trained(cls, screen, nets, anchor=anchor)
+    still = [k for k, v in model.module.named_parameters() if torch.equal(v, start[k])]
+    assert not still
+    model._trust = {"unseen": 0.7, "combination": 0.3}  # let the network speak
+    labels = [*model.labels_, "NEW1", f"NEW1+{model.targets_[0]}"]
+    a, b = model.predict_perturbation(labels), model.predict_perturbation(labels)
+    assert np.array_equal(a.X, b.X)
+    assert np.isfinite(a.X).all()
+    assert (a.obs["status"].iloc[:-2] == "trained").all()
+    assert list(a.obs["status"].iloc[-2:]) == ["unseen", "unseen"]
+    model.save(tmp_path / "m")
+    again = cls.load(tmp_path / "m")
+    assert np.array_equal(again.predict_perturbation(labels).X, a.X)
+    pd.testing.assert_frame_equal(again.explain(labels[0]), model.explain(labels[0]))
+
+
+def test_order_of_targets_and_of_genes_is_nothing(screen, nets):
+    model, _ = _trained(BioDSNN, screen, nets, anchor="none")
+    order = np.random.default_rng(0).permutation(screen.n_vars)
+    other, _ = _trained(BioDSNN, screen[:, order].copy(), nets, anchor="none")
+    labels = ["NEW1", model.labels_[0]]
+    a, b = model.predict_perturbation(labels), other.predict_perturbation(labels)
+    np.testing.assert_allclose(b[:, a.var_names].X, a.X, atol=1e-3)
+    one, two = model.targets_[:2]
+    np.testing.assert_array_equal(
+        model.predict_perturbation(f"{one}+{two}").X, model.predict_perturbation(f"{two}+{one}").X
+    )
+
+
+def test_every_cell_of_a_batch_feels_the_graph(screen, nets):
+    """The shift of each cell depends on a neighbour of its target and on the gene graph, not that of the first alone."""
+    model, _ = _trained(GEARS, screen, nets, epochs=1, anchor="none")
+    module = model.module.eval()
+    codes = torch.tensor([[0], [1], [1], [0], [2]])
+    x = torch.zeros(5, screen.n_vars)
+
+    def shifts() -> torch.Tensor:
+        out = module.generative(codes, torch.ones(5, dtype=torch.bool))
+        return out["shift"][out["group"]].detach()
+
+    before = shifts()
+    with torch.no_grad():
+        module.knowledge.gene_position += torch.randn_like(module.knowledge.gene_position)
+    after = shifts()
+    assert ((before - after).abs().amax(1) > 1e-6).all()
+    assert torch.equal(after[0], after[3])
+    assert len(module.generative(codes, torch.ones(5, dtype=torch.bool))["shift"]) == 3  # once per distinct perturbation
+    assert module.inference(x)["base"].shape == (5, screen.n_vars)
+
+
+def test_data_stream_learns_and_ablations(screen, nets):
+    model, _ = _trained(BioDSNN, screen, nets, epochs=15)
+    reconstruction = model.history["reconstruction_train"].iloc[:, 0].to_numpy(dtype=float)
+    assert reconstruction[-1] < 0.7 * reconstruction[0]
+    assert model.get_latent_representation().shape == (screen.n_obs, 4)
+    cells = model.predict_perturbation(model.labels_[0], level="cell", n_samples=7)
+    assert cells.shape == (7, screen.n_vars)
+    assert cells.X.min() >= 0
+    assert model.module.knowledge.encoder is not None
+    without = BioDSNN(screen, perturbation_net=nets[0], use_attention=False, use_vae=False, **WIDE)
+    assert without.module.knowledge.encoder is None
+    assert without.module.cell is None
+    open_ = BioDSNN(screen, perturbation_net=nets[0], use_mask=False, **WIDE)
+    assert open_.module.knowledge.encoder[0].attention.n_edges == screen.n_vars**2
+
+
+def test_mask_by_name_symmetric_with_fallback(screen):
+    genes = list(screen.var_names)
+    BioDSNN.setup_anndata(screen)
+    pathway = pd.DataFrame({"source": [genes[0]], "target": [genes[5]], "weight": [1.0]})
+    gene_net = pd.DataFrame({"source": [genes[0], genes[2]], "target": [genes[7], genes[9]], "weight": [0.5, 0.5]})
+    model = BioDSNN(screen, gene_net=gene_net, pathway_net=pathway, **WIDE)
+    mask = model._mask(gene_net, pathway, True).toarray()
+    expected = np.zeros_like(mask)
+    for a, b in ((0, 5), (0, 7), (2, 9)):  # 7, 2 and 9 are in no pathway: co-expression decides
+        expected[a, b] = expected[b, a] = 1
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_unknown_targets_and_coverage(screen, nets):
+    model, _ = _trained(GEARS, screen, nets)
+    with pytest.raises(UnknownTargetError, match="NEWX"):
+        model.predict_perturbation("NEWX")
+    table = model.coverage(["NEW1", "NEWX", model.targets_[0], screen.var_names[-1]])
+    assert list(table["status"][:3]) == ["in_graph", "unknown", "trained"]
+    out = model.predict_perturbation(["NEWX", "NEW1"], on_unknown="mean")
+    assert list(out.obs["status"]) == ["fallback", "unseen"]
+    np.testing.assert_allclose(out.layers["delta"][0], np.maximum(model.reference_.mean + model.effects_.mean, 0) - model.reference_.mean, atol=1e-5)  # fmt: skip
+    GEARS.setup_anndata(screen)
+    plain = GEARS(screen, **SMALL)
+    plain.train(max_epochs=1, accelerator="cpu")
+    unseen = [g for g in screen.var_names if g not in plain.targets_ and g not in plain._in_graph][0]
+    assert plain.predict_perturbation(unseen).obs["status"].iloc[0] == "fallback"
+
+
+def test_explain_shares_add_up(screen, nets):
+    model, _ = _trained(BioDSNN, screen, nets)
+    net = model.explain("NEW1", top_edges=1000)
+    assert {"source", "target", "weight", "kind"} == set(net.columns)
+    assert {"evidence", "effect", "pathway", "graph"} <= set(net["kind"])
+    assert net.loc[net["kind"] == "evidence", "weight"].sum() == pytest.approx(1.0, abs=1e-3)
+    delta = model.predict_perturbation("NEW1").layers["delta"][0]
+    top = net[net["kind"] == "effect"].set_index("target")["weight"]
+    np.testing.assert_allclose(top, delta[model_index(model, top.index)], rtol=1e-5)
+
+
+def model_index(model, genes):
+    return [model.genes_.index(g) for g in genes]
+
+
+def test_effects_and_recovery_where_the_graph_carries_them():
+    rng = np.random.default_rng(0)
+    block = np.repeat(np.arange(10), 5)
+    centre = rng.normal(size=(10, 20))
+    X = centre[block] + 0.2 * rng.normal(size=(50, 20))
+    names = [f"T{i:02d}" for i in range(50)]
+    adata = scpert_effects(X, names)
+    i, j = np.nonzero((block[:, None] == block[None, :]) & ~np.eye(50, dtype=bool))
+    net = pd.DataFrame({"source": np.array(names)[i], "target": np.array(names)[j], "weight": 1.0})
+    for cls in (GEARS, BioDSNN):
+        cls.setup_anndata(adata, scale="effects", split_key="split")
+        model = cls(adata, perturbation_net=net, **_options(cls))
+        model.train(max_epochs=2, accelerator="cpu")
+        out = model.predict_perturbation(names[::5])
+        assert (out.obs["status"] == "unseen").all()
+        truth = X[::5]
+        mean = model.effects_.mean
+        assert np.mean((out.X - truth) ** 2) < 0.3 * np.mean((mean - truth) ** 2)
+        inside = (truth >= out.layers["lower"]) & (truth <= out.layers["upper"])
+        assert 0.8 < inside.mean() < 0.98
+
+
+def scpert_effects(X, names):
+    from anndata import AnnData
+
+    split = np.where(np.arange(len(names)) % 5 == 0, "test", "train")
+    obs = pd.DataFrame({"perturbation": names, "split": split}, index=names)
+    return AnnData(X.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(X.shape[1])]))
+
+
+def test_published_preset_halves_the_rate(screen, nets):
+    model, _ = _trained(GEARS, screen, nets, published=True)
+    assert not model._anchored
+    assert np.isfinite(model.predict_perturbation("NEW1").X).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"n_hidden": 9, "n_heads": 2}, "divisor"),
+        ({"n_latent": 0}, "n_latent"),
+        ({"cell_output": "relu"}, "cell_output"),
+        ({"anchor": "mean"}, "anchor"),
+        ({"autofocus": -1.0}, "autofocus"),
+        ({"gene_weight": np.ones(3)}, "gene_weight"),
+        ({"gene_net": pd.DataFrame({"a": [1], "b": [2]})}, "source"),
+        ({"gene_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [1.0]})}, "shares no edge"),
+        ({"perturbation_net": {}}, "empty dict"),
+        ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["x"], "weight": [1.0]})}, "no edge"),
+        ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [1.0]})}, "none of the data's"),
+        ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [np.nan]})}, "NaN"),
+        ({"pathway_net": pd.DataFrame({"source": ["G"], "target": ["H"], "weight": [1.0]})}, "shares no edge"),
+    ],
+)
+def test_bad_options(screen, options, match):
+    BioDSNN.setup_anndata(screen)
+    with pytest.raises(ScpertError, match=match):
+        BioDSNN(screen, **options)
+
+
+def test_pathway_net_of_self_pairs_only(screen):
+    BioDSNN.setup_anndata(screen)
+    own = pd.DataFrame({"source": screen.var_names[:3], "target": screen.var_names[:3], "weight": 1.0})
+    with pytest.raises(ScpertError, match="mask would be empty"):
+        BioDSNN(screen, pathway_net=own)
