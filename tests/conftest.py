@@ -1,0 +1,46 @@
+"""Shared data: small simulated screens, and the real ones where the environment names them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("SCPERT_PROGRESS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value or not Path(value).is_dir():
+        pytest.skip(f"set {variable} to the folder of real files to run this test")
+    return Path(value)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real screens."""
+    return _folder("SCPERT_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def real_priors() -> Path:
+    """Folder of the real prior knowledge."""
+    return _folder("SCPERT_TEST_PRIORS")
+
+
+@pytest.fixture(scope="session")
+def _small_screen():
+    import scpert
+
+    adata = scpert.datasets.simulated(n_cells=240, n_genes=12, n_targets=5, n_combinations=2, random_state=0)
+    adata.obs["quality_fail"] = [i % 7 == 0 for i in range(adata.n_obs)]
+    scpert.pp.split(adata, kind="cells", random_state=0)
+    return adata
+
+
+@pytest.fixture
+def small_screen(_small_screen):
+    """240 cells x 12 genes, 5 targets, 2 combinations, split by cells; a fresh copy."""
+    return _small_screen.copy()
