@@ -1,13 +1,16 @@
 """Tools: effects, gene regulatory networks, interactions, rankings."""
 
 from ._effects import perturbation_effects
+from ._evaluate_grn import evaluate_grn, grn_stability
 from ._grn import infer_grn
 from ._interactions import INTERACTION_THRESHOLDS, evaluate_interactions, genetic_interactions
 
 __all__ = [
     "INTERACTION_THRESHOLDS",
+    "evaluate_grn",
     "evaluate_interactions",
     "genetic_interactions",
+    "grn_stability",
     "infer_grn",
     "perturbation_effects",
 ]

@@ -393,6 +393,24 @@ def _problem(
     )
 
 
+def problem_of(screen: Screen, regulators: list[str]) -> Problem:
+    """The problem of measuring effects only."""
+    return Problem(
+        screen=screen,
+        regulators=regulators,
+        genes=screen.genes,
+        cells=np.ones(screen.n_cells, dtype=bool),
+        observational=None,
+        covariate_keys=[],
+        prior=None,
+        statistic="welch",
+        fdr=0.05,
+        n_jobs=None,
+        random_state=0,
+        options={},
+    )
+
+
 def _run(method: str, problem: Problem) -> Scores:
     from . import _grn_inverse, _grn_methods
 

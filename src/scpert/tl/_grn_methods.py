@@ -67,16 +67,32 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
         shift, error, freedom = shift[rows], error[rows], freedom[rows]
         offset = np.zeros(len(shift))
         if composition:
-            offset, sensitivity = _composition(screen, shift, error)
+            offset, sensitivity = composition_offset(screen, shift, error)
             shift = shift - offset[:, None] * sensitivity[None, :]
         zscore, pvals = welch(shift, error, freedom)
-        return Evidence(shift, error, zscore, pvals, error, _regulator_sign(problem, shift), offset)
+        return Evidence(
+            shift,
+            error,
+            zscore,
+            pvals,
+            error,
+            perturbation_sign(shift, problem.genes.get_indexer(problem.regulators)),
+            offset,
+        )
     shift, error, noise = _table_effects(problem)
     zscore, pvals = welch(shift, error, np.inf)
-    return Evidence(shift, error, zscore, pvals, noise, _regulator_sign(problem, shift), np.zeros(len(shift)))
+    return Evidence(
+        shift,
+        error,
+        zscore,
+        pvals,
+        noise,
+        perturbation_sign(shift, problem.genes.get_indexer(problem.regulators)),
+        np.zeros(len(shift)),
+    )
 
 
-def _composition(screen: Screen, shift: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def composition_offset(screen: Screen, shift: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log factor that most genes share ``(regulator,)`` and how far a gene shifts per unit of it ``(gene,)``."""
     controls = np.flatnonzero(screen.is_control)
     some = screen.rows(controls[np.unique(np.linspace(0, len(controls) - 1, min(len(controls), 2000)).astype(int))])
@@ -132,16 +148,24 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return shift, error, spread[None, :] / length[:, None]
 
 
-def _regulator_sign(problem: Problem, shift: np.ndarray) -> np.ndarray:
+def perturbation_sign(shift: np.ndarray, position: np.ndarray) -> np.ndarray:
     """-1 for a regulator that its perturbation lowers, +1 for one that it raises ``(regulator,)``.
 
-    Of an unmeasured regulator (or one that did not move) the majority of the others decides; -1 where there is none.
+    Of an unmeasured regulator (``position`` -1), or one that did not move, the majority of the others decides; -1 where
+    there is none.
     """
-    position = problem.genes.get_indexer(problem.regulators)
-    own = np.array([shift[r, p] if p >= 0 else np.nan for r, p in enumerate(position)])
-    known = np.sign(own[np.isfinite(own) & (own != 0)])
-    typical = 1.0 if known.sum() > 0 else -1.0
-    return np.where(np.isfinite(own) & (own != 0), np.sign(own), typical)
+    own = np.full(len(position), np.nan)
+    measured = np.flatnonzero(position >= 0)
+    own[measured] = shift[measured, position[measured]]
+    moved = np.isfinite(own) & (own != 0)
+    usual = 1.0 if np.sign(own[moved]).sum() > 0 else -1.0
+    return np.where(moved, np.sign(own), usual)
+
+
+def scaled(values: sparse.csr_matrix, factor: np.ndarray) -> sparse.csr_matrix:
+    """``log1p`` values after multiplying each cell's CP10k by ``factor`` ``(cell,)``; a new matrix."""
+    data = np.log1p(np.expm1(values.data) * np.repeat(factor.astype(values.dtype), np.diff(values.indptr)))
+    return sparse.csr_matrix((data, values.indices, values.indptr), shape=values.shape)
 
 
 def interventional(problem: Problem) -> Scores:
@@ -445,7 +469,6 @@ def rank_effects(problem: Problem, found: Evidence) -> Evidence:
     code = pd.Index([screen.control, *problem.regulators]).get_indexer(pd.Index(screen.labels))
     used = np.flatnonzero(code >= 0)
     values = screen.rows(used)
-    factor = np.exp(-np.concatenate([[0.0], found.offset]))[code[used]].astype(values.dtype)
-    values.data = np.log1p(np.expm1(values.data) * np.repeat(factor, np.diff(values.indptr)))
+    values = scaled(values, np.exp(-np.concatenate([[0.0], found.offset]))[code[used]])
     z, pvals = rank_sums(values, code[used], len(problem.regulators))
     return replace(found, zscore=z, pvals=pvals)
