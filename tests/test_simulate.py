@@ -415,6 +415,16 @@ def test_bad_arguments(arguments, message):
         simulated(**arguments)
 
 
+def test_counts_that_explode_are_refused():
+    with pytest.raises(ScpertError, match="counts in a cell: effects add up"):
+        simulated(n_cells=60, n_genes=60, n_targets=30, strength=8.0, mean_out_degree=20, saturation=None, depth=5)
+
+
+def test_many_regulators_keep_counts_in_bounds():
+    adata = simulated(n_cells=700, n_genes=400, n_targets=400, n_combinations=20)
+    assert adata.X.max() < 1e5
+
+
 def test_steady_state_that_does_not_exist():
     loop = sparse.csr_matrix(np.array([[0.0, 1.1, 0.0], [0.0, 0.0, 1.1], [0.0, 1.1, 0.0]]))
     with pytest.raises(ScpertError, match="no stable steady state"):

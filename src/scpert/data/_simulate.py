@@ -19,6 +19,7 @@ __all__ = ["CountModel", "Network", "random_network", "sample_counts", "total_ef
 
 _CHUNK_VALUES = 4_000_000  # cells x genes drawn at a time
 _MAX_NOISY_REGULATORS = 200
+_LARGEST_MEAN = 1e6  # counts of a gene in a cell; float32 holds integers up to 1.6e7
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -209,6 +210,8 @@ class CountModel:
         The noisy regulators, ``(n_noisy,)``.
     noise
         Standard deviation of their disturbance in each cell.
+    saturation
+        Bound of the log disturbance of a gene; ``None`` for none.
     """
 
     log_mean: np.ndarray
@@ -216,6 +219,7 @@ class CountModel:
     response: np.ndarray
     noisy: np.ndarray
     noise: float
+    saturation: float | None = None
 
 
 def gene_log_means(n_genes: int, centre: float, spread: float, ceiling: float, rng: np.random.Generator) -> np.ndarray:
@@ -275,7 +279,8 @@ def sample_counts(
         Pairs of log effects ``(level, gene)`` and levels ``(cell,)``.
     """
     n_genes = len(model.log_mean)
-    rates = np.exp(model.log_mean + effects).astype(np.float32)
+    with np.errstate(over="ignore"):
+        rates = np.exp(model.log_mean + effects).astype(np.float32)
     factors = [(np.exp(table).astype(np.float32), level) for table, level in batch_effects]
     shape = (1.0 / model.dispersion).astype(np.float32)
     scale = model.dispersion.astype(np.float32)
@@ -287,14 +292,19 @@ def sample_counts(
         for table, level in factors:
             mean *= table[level[rows]]
         if len(model.noisy):
-            mean *= np.exp(_disturbances(model, codes[state[rows]], rng))
-        expected = mean  # kept for cells without any count
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean *= np.exp(_disturbances(model, codes[state[rows]], rng))
+        if not mean.max(initial=0.0) < _LARGEST_MEAN:
+            raise ScpertError(
+                f"A gene would have {mean.max():.3g} counts in a cell: effects add up over many edges. Lower strength=, "
+                "mean_out_degree=, noise= or n_regulators=, or set saturation=3."
+            )
         drawn = rng.standard_gamma(shape, size=mean.shape, dtype=np.float32)
         drawn *= scale
         drawn *= mean
         counts = rng.poisson(drawn)
         for row in np.flatnonzero(counts.sum(axis=1) == 0):
-            total = np.cumsum(expected[row].astype(np.float64))
+            total = np.cumsum(mean[row].astype(np.float64))
             counts[row, min(np.searchsorted(total, rng.random() * total[-1], side="right"), n_genes - 1)] = 1
         flat = counts.reshape(-1)
         place = np.flatnonzero(flat)
@@ -322,6 +332,8 @@ def _disturbances(model: CountModel, codes: np.ndarray, rng: np.random.Generator
         matrix = model.response[own[:, :, None], genes[:, None, :]].transpose(0, 2, 1)
         drawn[cells[:, None], own] -= np.linalg.solve(matrix, level[..., None])[..., 0]
     out = drawn @ model.response
+    if model.saturation is not None:
+        out = np.float32(model.saturation) * np.tanh(out / np.float32(model.saturation))
     rows, slots = np.nonzero(codes >= 0)
     out[rows, codes[rows, slots]] = 0.0
     return out

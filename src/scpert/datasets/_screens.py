@@ -274,7 +274,7 @@ def _read(path: Path) -> AnnData:
     if not path.is_file():
         raise FileFormatError(f"There is no file {path}. Check path=, or leave it out to download the screen.")
     try:
-        backed = ad.read_h5ad(path, backed="r")
+        backed: Any = ad.read_h5ad(path, backed="r")
         try:
             if hasattr(backed.X, "dtype") and not hasattr(backed.X, "format"):  # dense
                 X = stack((block for _, block in iter_rows(backed.X)), backed.shape)
@@ -295,23 +295,25 @@ def _read(path: Path) -> AnnData:
             f"{path} cannot be read as an AnnData (.h5ad): {type(error).__name__}: {error}. It may be cut off or of "
             "another format: compare its size with the source, or download it again."
         ) from error
-    for layer in [None, *_layers(adata)]:
-        X = adata.X if layer is None else adata.layers[layer]
-        if sparse.issparse(X) and X.format != "csr":
-            X = X.tocsr()
-        elif layer == K.COUNTS and not sparse.issparse(X):
-            X = stack((block for _, block in iter_rows(X)), adata.shape)
+    names: list[str | None] = [None, *_layers(adata)]
+    for layer in names:
+        matrix: Any = adata.X if layer is None else adata.layers[layer]
+        if sparse.issparse(matrix) and matrix.format != "csr":
+            matrix = matrix.tocsr()
+        elif layer == K.COUNTS and not sparse.issparse(matrix):
+            matrix = stack((block for _, block in iter_rows(matrix)), adata.shape)
         else:
             continue
         if layer is None:
-            adata.X = X
+            adata.X = matrix
         else:
-            adata.layers[layer] = X
+            adata.layers[layer] = matrix
     return adata
 
 
 def _layers(adata: AnnData) -> dict[str, Any]:
-    return {name: adata.layers[name] for name in adata.layers if name is not None}
+    layers: Any = adata.layers  # newer anndata lists X under None
+    return {name: layers[name] for name in layers if name is not None}
 
 
 def _name_genes(adata: AnnData) -> None:
@@ -320,8 +322,8 @@ def _name_genes(adata: AnnData) -> None:
         for column in _SYMBOLS:
             if column in adata.var.columns:
                 adata.var["ensembl_id"] = adata.var_names.astype(str)
-                symbols = adata.var[column].astype(str)
-                adata.var_names = np.where(symbols.isin(("", "nan", "None", "<NA>")), adata.var["ensembl_id"], symbols)
+                pairs = zip(adata.var[column].astype(str), adata.var["ensembl_id"], strict=True)
+                adata.var_names = [e if s in ("", "nan", "None", "<NA>") else s for s, e in pairs]
                 break
     for axis, names, make_unique in (
         ("genes", adata.var_names, adata.var_names_make_unique),
@@ -359,14 +361,14 @@ def _label(
             "Name the one with the labels as key=."
         )
     genes = set(adata.var_names)
-    readings = {c: _read_labels(adata.obs[c], screen.relabel) for c in columns}
+    readings = {c: _read_labels(pd.Series(adata.obs[c]), screen.relabel) for c in columns}
     best = max(columns, key=lambda c: _score(readings[c], genes, control))
     labels = readings[best]
     assigned = labels.notna().to_numpy()
     dropped = int((~assigned).sum())
     if dropped:
         logger.info("%d cells of %d are assigned to no guide (obs[%r]): dropped", dropped, len(labels), best)
-    published = adata.obs[best].astype(str)
+    published = pd.Series(adata.obs[best]).astype(str)
     if dropped == len(labels):
         raise LabelError(f"No cell is assigned to a guide by adata.obs[{best!r}]. Name the column of labels as key=.")
     adata = adata[assigned].copy() if dropped else adata

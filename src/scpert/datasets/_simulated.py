@@ -39,7 +39,7 @@ class _Platform(NamedTuple):
 _PLATFORMS = {
     "selected": _Platform(0.0, 1.65, 4.6, 0.45, 0.45),
     "transcriptome": _Platform(-8.8, 4.4, 3.8, 0.41, 0.6),
-    "targeted": _Platform(0.4, 2.0, 6.0, 0.45, 0.13),
+    "targeted": _Platform(0.4, 2.0, 6.0, 0.40, 0.06),
 }
 
 
@@ -98,7 +98,7 @@ def simulated(
 
     with log-normal cell sizes :math:`l_c`, :math:`z_c \sim \operatorname{Bernoulli}(\text{penetrance})`, and
     disturbances :math:`\varepsilon_c` of the regulators, which pass through the same network (but not through genes
-    that the perturbation holds), so that genes are correlated in control cells too.
+    that the perturbation holds) and saturate likewise, so that genes are correlated in control cells too.
 
     The effect of a combination ``A+B`` is :math:`c_1 \delta_A + c_2 \delta_B` but for its targets, which stay at their
     own levels. Classes in turn: ``additive`` (1, 1), ``synergistic`` (1.6, 1.6), ``suppressive`` (0.4, 0.4),
@@ -138,8 +138,8 @@ def simulated(
         Genes with outgoing edges; by default as many as there are targets, at least a tenth and at most half of the
         genes.
     mean_out_degree, degree_exponent
-        Mean and exponent (above 2) of the power law of out-degrees; the mean is by default 5 % of the genes, at
-        least 3.
+        Mean and exponent (above 2) of the power law of out-degrees; the mean is by default 5 % of the genes or
+        what gives each gene five regulators, whichever is less, but at least 3.
     strength
         Mean absolute weight of an edge; 0 leaves only the effects on the targets themselves.
     activators
@@ -267,7 +267,7 @@ def simulated(
         n_modules = n_regulators // 5 if n_regulators >= 10 else 0
     n_modules = min(_integer("n_modules", n_modules, 0), n_regulators)
     if mean_out_degree is None:
-        mean_out_degree = max(3.0, 0.05 * n_genes)
+        mean_out_degree = max(3.0, min(0.05, 5.0 / n_regulators) * n_genes)
     check_positive("mean_out_degree", mean_out_degree)
     width = len(str(n_genes))
     genes = np.array(
@@ -339,7 +339,7 @@ def simulated(
     ]
     response, noisy = sim.noise_response(network, noise)
     spread = kind.dispersion if dispersion is None else check_positive("dispersion", dispersion)
-    model = sim.CountModel(log_mean, spread * rng.lognormal(0.0, 0.25, n_genes), response, noisy, noise)
+    model = sim.CountModel(log_mean, spread * rng.lognormal(0.0, 0.25, n_genes), response, noisy, noise, saturation)
     blocks = sim.sample_counts(model, effects, codes, np.where(perturbed, state, 0), size, batch_effects, rng)
     chunk = sim.chunk_rows(n_genes)
     blocks = progress(blocks, total=-(-n_cells // chunk), description="simulate", unit="chunk")
@@ -347,10 +347,10 @@ def simulated(
 
     obs = pd.DataFrame(
         {
-            K.PERTURBATION: pd.Categorical.from_codes(state, list(labels)),
+            K.PERTURBATION: pd.Categorical.from_codes(state, pd.Index(labels)),
             "perturbed": perturbed,
-            "batch": pd.Categorical.from_codes(batch, [f"batch{i + 1}" for i in range(n_batches)]),
-            "donor": pd.Categorical.from_codes(donor, [f"donor{i + 1}" for i in range(n_donors)]),
+            "batch": pd.Categorical.from_codes(batch, pd.Index([f"batch{i + 1}" for i in range(n_batches)])),
+            "donor": pd.Categorical.from_codes(donor, pd.Index([f"donor{i + 1}" for i in range(n_donors)])),
             "quality_fail_truth": failed,
         },
         index=[f"cell{i + 1}" for i in range(n_cells)],
