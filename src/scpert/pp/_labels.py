@@ -48,7 +48,7 @@ _GUIDE_SUFFIXES = tuple(
 _HYPHEN_NUMBER = re.compile(r"-(\d{1,5})$")  # KLF1-2, but also NKX2-1
 #: Families whose genes end in a hyphen and a number, and worm genes (lin-12).
 _HYPHEN_FAMILY = re.compile(
-    r"^(NKX\d+|KRTAP\d+|ERV\w*|MIR\w*|SNOR\w*|RNU\w*|RN\w*\d|TR[ABGD][VDJC]\w*|IG[HKL][VDJC]\w*|RP\d+|CT[ABCD]|KB|GS1|TR\w-\w+|[a-z]{3,4})$",
+    r"^(NKX\d+|KRTAP\d+|ERV\w*|MIR\w*|SNOR\w*|RNU\w*|RN\w*\d|TR[ABGD][VDJC]\w*|IG[HKL][VDJC]\w*|RP\d+|CT[ABCD]|KB|GS1|TR\w-\w+)$",
     re.IGNORECASE,
 )
 _HYPHEN_WORM = re.compile(r"^[a-z]{3,4}-\d+$")

@@ -323,7 +323,9 @@ def _assign(C: np.ndarray) -> np.ndarray:
 
     n, m = C.shape
     times = -(-n // m)
-    rows, columns = linear_sum_assignment(np.tile(C, (1, times)) if times > 1 else C)
+    slots = np.tile(C, (1, times))
+    slots[:, : m * (n // m)] -= C.max() + 1  # these must be filled before the last, partial round
+    rows, columns = linear_sum_assignment(slots)
     out = np.empty(n, dtype=np.int64)
     out[rows] = columns % m
     return out

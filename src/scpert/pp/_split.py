@@ -56,8 +56,10 @@ def _deal(n: int, fractions: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def _deal_groups(groups: np.ndarray, strata: np.ndarray, fractions: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Codes of cells, divided within each group, evenly over its strata."""
     out = np.full(len(groups), -1, dtype=np.int64)
+    if len(groups) == 0:
+        return out
     order = np.lexsort((rng.random(len(groups)), strata, groups))
-    starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]]) if len(order) else np.array([], int)
+    starts = np.flatnonzero(np.r_[True, groups[order][1:] != groups[order][:-1]])
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         out[order[start:end]] = _deal(end - start, fractions, rng)
     return out
