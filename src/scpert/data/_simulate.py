@@ -325,8 +325,8 @@ def _disturbances(model: CountModel, codes: np.ndarray, rng: np.random.Generator
     position = np.full(model.response.shape[1], -1)
     position[model.noisy] = np.arange(len(model.noisy))
     held = np.where(codes >= 0, position[codes], -1)
-    for cells, slots in _by_held(held):
-        own = np.stack([held[cells, slot] for slot in slots], axis=1)  # (cell, held genes)
+    for cells, held_slots in _by_held(held):
+        own = np.stack([held[cells, slot] for slot in held_slots], axis=1)  # (cell, held genes)
         genes = model.noisy[own]
         level = np.einsum("cr,crh->ch", drawn[cells], model.response[:, genes].transpose(1, 0, 2))
         matrix = model.response[own[:, :, None], genes[:, None, :]].transpose(0, 2, 1)
