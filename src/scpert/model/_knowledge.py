@@ -1,0 +1,204 @@
+"""Prior knowledge about genes as features: annotations, nets and embeddings, all as unit vectors whose products are kernels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from .. import _keys as K
+from .._checks import check_net, listing
+from ..errors import ScpertError
+
+__all__ = ["GeneFeatures", "read_knowledge"]
+
+logger = logging.getLogger("scpert")
+
+GENE, TERM = "gene", "term"
+
+
+@dataclass
+class GeneFeatures:
+    """One table of knowledge as unit feature vectors of genes.
+
+    The kernel of two genes is the product of their vectors, so every kernel is symmetric and positive semi-definite,
+    whatever the table was.
+
+    Attributes
+    ----------
+    name, kind
+        Name given by the user; ``"annotations"``, ``"net"`` or ``"embedding"``.
+    genes
+        Genes that the table knows something of.
+    values
+        CSR ``(gene, feature)``, rows of length 1.
+    """
+
+    name: str
+    kind: str
+    genes: pd.Index
+    values: sparse.csr_matrix
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The genes as a set."""
+        return frozenset(self.genes)
+
+    def rows(self, genes: Sequence[str]) -> sparse.csr_matrix:
+        """Vectors of ``genes``; a zero row for a gene that the table does not know."""
+        where = self.genes.get_indexer(pd.Index(list(genes), dtype=object))
+        inside = np.flatnonzero(where >= 0)
+        pick = sparse.csr_matrix((np.ones(len(inside)), (inside, where[inside])), shape=(len(where), len(self.genes)))
+        return (pick @ self.values).tocsr()
+
+    def kernel(self, a: Sequence[str], b: Sequence[str] | None = None) -> np.ndarray:
+        """Similarities in [-1, 1], float64 ``(len(a), len(b))``; 1 for a known gene with itself, 0 for unknown ones."""
+        left = self.rows(a)
+        right = left if b is None else self.rows(b)
+        return np.clip((left @ right.T).toarray(), -1.0, 1.0)
+
+
+def _unit(values: sparse.csr_matrix, genes: np.ndarray) -> tuple[pd.Index, sparse.csr_matrix]:
+    length = np.sqrt(np.asarray(values.multiply(values).sum(axis=1)).ravel())
+    keep = np.flatnonzero(length > 1e-12)
+    scale = sparse.diags_array(1.0 / length[keep])
+    return pd.Index(np.asarray(genes, dtype=object)[keep]), sparse.csr_matrix(scale @ values[keep])
+
+
+def _annotations(name: str, table: pd.DataFrame) -> GeneFeatures:
+    pairs = table[[GENE, TERM]].dropna().astype(str).drop_duplicates()
+    pairs = pairs[(pairs[GENE] != "") & (pairs[TERM] != "")]
+    gene, genes = pd.factorize(pairs[GENE].to_numpy(dtype=object), sort=True)
+    term, terms = pd.factorize(pairs[TERM].to_numpy(dtype=object), sort=True)
+    member = sparse.csr_matrix((np.ones(len(pairs)), (gene, term)), shape=(len(genes), len(terms)))
+    size = np.asarray(member.sum(axis=0)).ravel()
+    weighted = sparse.csr_matrix(member @ sparse.diags_array(np.log((1 + len(genes)) / size)))
+    return GeneFeatures(name, "annotations", *_unit(weighted, genes))
+
+
+def _net(name: str, table: pd.DataFrame) -> GeneFeatures:
+    net = check_net(table, f"knowledge[{name!r}]")
+    genes = np.array(sorted(set(net[K.SOURCE]) | set(net[K.TARGET])), dtype=object)
+    index = pd.Index(genes)
+    i, j = index.get_indexer(net[K.SOURCE]), index.get_indexer(net[K.TARGET])
+    n = len(genes)
+    one_way = sparse.csr_matrix((net[K.WEIGHT].to_numpy(), (i, j)), shape=(n, n))
+    there, back = abs(one_way), abs(one_way.T.tocsr())
+    both = sparse.csr_matrix(
+        one_way.multiply(there >= back) + one_way.T.multiply(back > there)
+    )  # the stronger direction
+    strongest = abs(both).max(axis=1).toarray().ravel()
+    linked = both + sparse.diags_array(np.where(strongest > 0, strongest, 0.0))
+    degree = np.maximum(np.asarray((linked != 0).sum(axis=0)).ravel(), 1)
+    weighted = sparse.csr_matrix(linked @ sparse.diags_array(np.log((1 + n) / degree)))
+    return GeneFeatures(name, "net", *_unit(weighted, genes))
+
+
+def _embedding(name: str, table: pd.DataFrame) -> GeneFeatures:
+    values = table.to_numpy(dtype=np.float64)
+    if not np.isfinite(values).all():
+        bad = table.index[~np.isfinite(values).all(axis=1)]
+        raise ScpertError(
+            f"knowledge[{name!r}] has NaN or infinite numbers for {len(bad)} gene(s), e.g. {listing(bad, 3)}. Drop these rows: "
+            "genes that are missing from a table are handled."
+        )
+    genes = table.index.astype(str)
+    if not genes.is_unique:
+        raise ScpertError(
+            f"knowledge[{name!r}] has more than one row for {listing(genes[genes.duplicated()].unique(), 5)}. Keep one row a gene "
+            "(table.groupby(level=0).mean())."
+        )
+    centred = values - values.mean(axis=0) if len(values) > 2 else values
+    return GeneFeatures(name, "embedding", *_unit(sparse.csr_matrix(centred), genes.to_numpy(dtype=object)))
+
+
+def read_knowledge(knowledge: Mapping[str, pd.DataFrame] | pd.DataFrame | None) -> dict[str, GeneFeatures]:
+    r"""Tables of prior knowledge as unit vectors of genes.
+
+    Parameters
+    ----------
+    knowledge
+        Name -> table, told apart by its columns: annotations (``gene``, ``term``), a net (``source``, ``target``, optional
+        ``weight``) or an embedding (genes as index, numbers as columns). One table alone gets the name ``"knowledge"``.
+
+    Returns
+    -------
+    Name -> features. An annotation is weighted by its information content
+    :math:`\log(N / n_\mathrm{term})`; a gene of a net is described by its neighbours and itself, a neighbour being weighted by
+    the information content of its degree, an edge with two directions by the stronger one; an embedding is centred.
+
+    Raises
+    ------
+    ScpertError
+        If a table is none of the three, is empty, has NaN or more than one row for a gene.
+    """
+    if knowledge is None:
+        return {}
+    if isinstance(knowledge, pd.DataFrame):
+        knowledge = {"knowledge": knowledge}
+    if not isinstance(knowledge, Mapping):
+        raise ScpertError(
+            f"knowledge must map names to tables, e.g. {{'go': annotations}}; got {type(knowledge).__name__}."
+        )
+    out: dict[str, GeneFeatures] = {}
+    for name, table in knowledge.items():
+        if not isinstance(table, pd.DataFrame):
+            raise ScpertError(f"knowledge[{name!r}] must be a DataFrame; got {type(table).__name__}.")
+        if len(table) == 0 or table.shape[1] == 0:
+            raise ScpertError(f"knowledge[{name!r}] is empty. Leave it out or give rows.")
+        out[str(name)] = _features_of(str(name), table)
+    return out
+
+
+def _features_of(name: str, table: pd.DataFrame) -> GeneFeatures:
+    columns = set(map(str, table.columns))
+    if {GENE, TERM} <= columns:
+        return _annotations(name, table)
+    if {K.SOURCE, K.TARGET} <= columns:
+        return _net(name, table)
+    if all(pd.api.types.is_numeric_dtype(t) for t in table.dtypes) and not pd.api.types.is_numeric_dtype(
+        table.index.dtype
+    ):
+        return _embedding(name, table)
+    raise ScpertError(
+        f"knowledge[{name!r}] has the columns {listing(table.columns, 8)}, which is none of: annotations (columns gene, term), "
+        "a net (columns source, target and optional weight), an embedding (genes as index, only numbers as columns). "
+        "Rename the columns with table.rename(columns=...)."
+    )
+
+
+def usable(features: Mapping[str, GeneFeatures], targets: Sequence[str], model: str) -> dict[str, GeneFeatures]:
+    """The tables that know at least two of the training targets; the others are named in a warning."""
+    out = {}
+    for name, f in features.items():
+        known = sum(t in f.known for t in targets)
+        if known < 2:
+            logger.warning(
+                "%s: knowledge[%r] knows %d of the %d training targets (it has genes such as %s, the data %s): it is ignored. "
+                "Bring both to the same kind of gene names.",
+                model,
+                name,
+                known,
+                len(targets),
+                listing(f.genes, 3),
+                listing(targets, 3),
+            )
+        else:
+            logger.info(
+                "%s: knowledge[%r] (%s) knows %d of the %d training targets", model, name, f.kind, known, len(targets)
+            )
+            out[name] = f
+    return out
+
+
+def as_options(knowledge: Any) -> Any:
+    """The knowledge as it is kept in a saved model."""
+    if knowledge is None or isinstance(knowledge, pd.DataFrame):
+        return knowledge
+    return {str(k): v for k, v in knowledge.items()}
