@@ -222,7 +222,7 @@ def _labels(
             "scpert.pp.annotate_perturbations(adata, key).",
         )
         return None, False
-    series = adata.obs[key]
+    series = pd.Series(adata.obs[key])
     missing = int(series.isna().sum())
     advice = f"Drop them: adata[adata.obs[{key!r}].notna()].copy()." if missing else ""
     report.add("NaN labels", missing, "fail" if missing else "ok", advice)
@@ -244,6 +244,8 @@ def _labels(
             control, sorted(set(checked))
         )
         hint = f"Are they called {listing(others, 3)}? " if others else ""
+        if not others and len(set(checked)) > 0.9 * len(checked):
+            hint = "If this is a table of effects, say scale='effects', and control=None to scpert.pp.split. "
         report.add(
             "control cells",
             0,
@@ -317,13 +319,13 @@ def _on_target(
     if control in row and scale != K.SCALE_EFFECTS:
         c = row[control]
         with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.sqrt(
+            spread = np.sqrt(
                 [
                     moments.var[row[p], column[p]] / moments.n[row[p]] + moments.var[c, column[p]] / moments.n[c]
                     for p in measured
                 ]
             )
-            clear = np.abs(shift) > 2 * error
+            clear = np.abs(shift) > 2 * spread
         value += f", {int(clear.sum())} beyond 2 standard errors (log1p CP10k)"
         weak = [p for p, ok in zip(measured, clear, strict=True) if not ok]
         advice = f"No clear change of the target in {listing(weak, 5)}." if weak else ""

@@ -338,12 +338,11 @@ def annotate_perturbations(
         )
 
     named = None if control is None else frozenset([control] if isinstance(control, str) else map(str, control))
-    genes = set(map(str, adata.var_names))
+    symbols = set(map(str, adata.var_names))
     for column in _SYMBOL_COLUMNS:
         if column in adata.var.columns:
-            genes |= set(adata.var[column].dropna().astype(str))
-    genes = frozenset(genes)
-    reader = _Reader(named, delimiter, genes, guides)
+            symbols |= {str(g) for g in adata.var[column] if not pd.isna(g)}
+    reader = _Reader(named, delimiter, frozenset(symbols), guides)
     controls = _find_controls(labels, reader, named, key)
     reader.learn([label for label in labels if label not in controls])
     read: dict[str, tuple[str, ...] | None] = {

@@ -234,7 +234,7 @@ def _doublets(adata: AnnData, X: Any, batch: np.ndarray | None, random_state: in
     work = anndata.AnnData(sparse.vstack(blocks, format="csr"))
     if batch is not None:
         work.obs["batch"] = pd.Categorical(batch.astype(str))
-    size = min(work.shape) if batch is None else min(np.bincount(batch).min(), work.n_vars)
+    size = int(min(work.shape)) if batch is None else int(min(np.bincount(batch).min(), work.n_vars))
     problem = ""
     verbosity, sc.settings.verbosity = sc.settings.verbosity, 0
     try:
@@ -263,7 +263,7 @@ def _doublets(adata: AnnData, X: Any, batch: np.ndarray | None, random_state: in
         sc.settings.verbosity = verbosity
     if "doublet_score" not in work.obs.columns:
         return none, f"not computed: Scrublet stopped ({problem})"[:200]
-    score = work.obs["doublet_score"].to_numpy(dtype=float)
+    score = np.asarray(work.obs["doublet_score"], dtype=float)
     runs = {"": work.uns["scrublet"]} if batch is None else work.uns["scrublet"]["batches"]
     lost = []
     for name, run in runs.items():
@@ -370,7 +370,7 @@ def filter_perturbations(
     >>> import scpert
     >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
     >>> scpert.pp.filter_perturbations(adata, min_cells=10)
-    >>> adata.obs["perturbation"].value_counts().min() >= 10
+    >>> bool(adata.obs["perturbation"].value_counts().min() >= 10)
     True
     """
     check_positive("min_cells", min_cells, zero=True)

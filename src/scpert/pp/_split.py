@@ -153,9 +153,10 @@ class _Splitter:
     def order(self, units: Sequence[str]) -> list[str]:
         """Units in random order or, to be stratified by effect size, in order of it."""
         shuffled = [units[i] for i in self.rng.permutation(len(units))]
-        if self.effect is None:
+        effect = self.effect
+        if effect is None:
             return shuffled
-        return sorted(shuffled, key=lambda u: self.effect.get(u, 0.0))
+        return sorted(shuffled, key=lambda u: effect.get(u, 0.0))
 
     def units(self) -> list[str]:
         """Targets to hold out: those perturbed alone, or all where these are too few."""
@@ -489,12 +490,12 @@ def split(
     if control is not None and splitter.is_control.any() and not (splitter.is_control & (plan.codes == 0)).any():
         raise SplitError("No control cell is left for training. Use a larger first fraction.")
     adata = writable(adata, copy)
-    adata.obs[key_added] = pd.Categorical.from_codes(plan.codes, categories=list(VALUES))
+    adata.obs[key_added] = pd.Categorical(np.array(VALUES, dtype=object)[plan.codes], categories=list(VALUES))
     adata.obs[f"{key_added}_group"] = pd.Categorical(plan.group, categories=sorted(set(plan.group)))
     if plan.fold is not None:
         adata.obs[f"{key_added}_fold"] = plan.fold.astype(np.int64)
     elif f"{key_added}_fold" in adata.obs.columns:
-        del adata.obs[f"{key_added}_fold"]
+        adata.obs.pop(f"{key_added}_fold")
     record(
         adata,
         key_added,
