@@ -329,7 +329,7 @@ def _on_target(
         value += f", {int(clear.sum())} beyond 2 standard errors (log1p CP10k)"
         weak = [p for p, ok in zip(measured, clear, strict=True) if not ok]
         advice = f"No clear change of the target in {listing(weak, 5)}." if weak else ""
-        mixed = min((shift[clear] < 0).sum(), (shift[clear] > 0).sum()) > 0.2 * max(clear.sum(), 1)
+        mixed = min(int((shift[clear] < 0).sum()), int((shift[clear] > 0).sum())) > 0.2 * max(int(clear.sum()), 1)
         if mixed:
             advice += " Some targets go up and some down: are the labels right?"
         report.add(

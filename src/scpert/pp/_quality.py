@@ -234,7 +234,7 @@ def _doublets(adata: AnnData, X: Any, batch: np.ndarray | None, random_state: in
     work = anndata.AnnData(sparse.vstack(blocks, format="csr"))
     if batch is not None:
         work.obs["batch"] = pd.Categorical(batch.astype(str))
-    size = int(min(work.shape)) if batch is None else int(min(np.bincount(batch).min(), work.n_vars))
+    size = min(adata.n_obs, adata.n_vars) if batch is None else min(int(np.bincount(batch).min()), adata.n_vars)
     problem = ""
     verbosity, sc.settings.verbosity = sc.settings.verbosity, 0
     try:
