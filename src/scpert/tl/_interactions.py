@@ -471,7 +471,7 @@ def genetic_interactions(
     ``strength``
         Length of the combination's shift over that of the stronger single.
     ``class``, ``class_confidence``
-        See below; and the share of the resamplings with the same class.
+        See below; and the share of the resamplings, turned round the estimate as for the limits, with the same class.
     ``<measure>_lower``, ``<measure>_upper``
         Limits: basic bootstrap, :math:`2\hat\theta - q`, for all measures but ``similarity``.
 
@@ -516,7 +516,7 @@ def genetic_interactions(
         library_size_key=library_size_key,
         allowed=K.SCALES,
     )
-    chosen = np.ones(len(screen.genes), dtype=bool)
+    chosen = None
     if genes is not None:
         wanted = pd.Index([str(g) for g in genes])
         absent = wanted.difference(screen.genes)
@@ -570,7 +570,7 @@ def _analyse(
     origin: str,
     label: str,
     control: str,
-    chosen: np.ndarray,
+    chosen: np.ndarray | None,
     limits: Mapping[str, float],
     min_zscore: float,
     min_genes: int,
@@ -583,7 +583,7 @@ def _analyse(
     here = [t for t in singles if t in shifts.row]
     X = np.column_stack([shifts.shift(t) if t in shifts.row else guessed[t] for t in singles])
     y = shifts.shift(label) if origin == "measured" else guessed[label]
-    use = chosen & np.isfinite(X).all(axis=1) & np.isfinite(y) & ~shifts.screen.genes.isin(singles)
+    use = np.isfinite(X).all(axis=1) & np.isfinite(y) & ~shifts.screen.genes.isin(singles)
     if shifts.effects:
         unit = np.ones(len(y))
     elif len(here) == k:
@@ -592,8 +592,9 @@ def _analyse(
         unit = shifts.control_sd
     unit = np.where(np.isfinite(unit), unit, 0.0)
     use &= unit > 0
-    if not chosen.all():
-        ranked = None
+    ranked: np.ndarray | None = None
+    if chosen is not None:
+        use &= chosen
     elif shifts.effects or not here:
         ranked = np.abs(np.column_stack([X, y])).max(axis=1) / np.where(unit > 0, unit, np.inf)
         least = np.inf
@@ -624,7 +625,8 @@ def _analyse(
             Xb = np.column_stack([drawn[t][b] if t in drawn else guessed[t][index] for t in singles])
             yb = guessed[label][index] if combined is None else combined[b]
             replicates.append(_measures(Xb / scale, yb / scale[:, 0], subsets, weighted, full=False))
-        row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in replicates]))
+        turned = [{name: 2 * row[name] - r[name] for name in r} for r in replicates]  # as in the limits
+        row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in turned]))
         tail = (1 - confidence) / 2
         for name in replicates[0]:
             values = np.array([r[name] for r in replicates])
