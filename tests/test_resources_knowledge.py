@@ -265,6 +265,35 @@ def test_interactome_forms(tmp_path):
         interactome(tab3, organism="yeast")
 
 
+def test_downloads_and_decoupler(tmp_path, monkeypatch):
+    import decoupler
+
+    files = {
+        "goa_human.gaf.gz": write(tmp_path / "goa_human.gaf.gz", GAF, "gzip"),
+        "go-basic.obo": write(tmp_path / "go.obo", "format-version: 1.2\n[Term]\nid: GO:0000001\nis_a: GO:0 ! root\n"),
+        "9606.protein.links.v12.0.txt.gz": write(
+            tmp_path / "l", "protein1 protein2 combined_score\nP1 P2 900\n", "gzip"
+        ),
+        "9606.protein.info.v12.0.txt.gz": write(tmp_path / "i", "#string_protein_id\tpreferred_name\nP1\tA\nP2\tB\n"),
+    }
+    monkeypatch.setattr("scpert.resources._knowledge.fetch", lambda url, name, sha256=None, *, subfolder: files[name])
+    assert ("KLF1", "GO:0") in pairs(gene_ontology(propagate=True))
+    assert interactome().values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
+    with pytest.raises(ScpertError, match="No official file is known for organism=3702"):
+        gene_ontology(organism=3702)
+    table = pd.DataFrame({"source": ["A"], "target": ["B"], "weight": [-1.0]})
+    monkeypatch.setattr(decoupler.op, "collectri", lambda organism: table)
+    net = regulons()
+    assert net.values.tolist() == [["A", "B", -1.0]] and "collectri" in net.attrs["source"]
+
+    def fail(**kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(decoupler.op, "dorothea", fail)
+    with pytest.raises(ScpertError, match="could not get dorothea .*no network.*pass a local table"):
+        regulons(source="dorothea")
+
+
 # ------------------------------------------------------------------------------------------------ real files
 
 

@@ -99,8 +99,26 @@ def test_official_form(files):
     assert r.pathways("C") == ["R-HSA-1", "R-HSA-3"] and r.genes("More, with space") == ["C"]
     assert r.attrs["licence"] == "Reactome: CC0 1.0" and set(r.attrs["files"]) == {"path", "names", "hierarchy"}
     assert repr(r).startswith("Reactome with 3 pathways on 2 levels, 3 genes")
+    assert reactome(files).to_net().equals(r.to_net())
+    with pytest.raises(ScpertError, match="path has 2 files: give three"):
+        reactome(files[:2])
     mapped = reactome(*files, aliases=pd.DataFrame({"alias": ["A"], "approved": ["AA"]}))
     assert "AA" in mapped and "A" not in mapped and mapped.attrs["unmapped"] == ["B", "C"]
+
+
+def test_download_is_used_without_path(files, monkeypatch):
+    by_name = dict(
+        zip(["ReactomePathways.gmt.zip", "ReactomePathways.txt", "ReactomePathwaysRelation.txt"], files, strict=True)
+    )
+    asked = []
+
+    def fetch(url, filename, sha256=None, *, subfolder):
+        asked.append(url)
+        return by_name[filename]
+
+    monkeypatch.setattr("scpert.resources._reactome.fetch", fetch)
+    assert reactome().genes("Some") == ["A", "B"]
+    assert all(u.startswith("https://reactome.org/download/current/") for u in asked) and len(asked) == 3
 
 
 def test_bad_files(files, tmp_path):

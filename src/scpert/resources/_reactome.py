@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, overload
 
@@ -251,7 +251,7 @@ def _read_pairs(path: Any, argument: str, columns: tuple[list[str], list[str]]) 
 
 
 def reactome(
-    path: str | PathLike | None = None,
+    path: str | PathLike | Sequence[str | PathLike] | None = None,
     names: str | PathLike | None = None,
     hierarchy: str | PathLike | None = None,
     *,
@@ -263,7 +263,8 @@ def reactome(
     Parameters
     ----------
     path
-        Gene sets as GMT: ``name TAB identifier TAB genes`` (Reactome's own) or ``identifier TAB name TAB genes``.
+        Gene sets as GMT: ``name TAB identifier TAB genes`` (Reactome's own) or ``identifier TAB name TAB genes``. Or all
+        three files at once: ``(gene sets, names, hierarchy)``.
     names
         ``ReactomePathways.txt`` (identifier, name, species), or a table with ``pathway_id`` and ``name``. May be left
         out with a local ``path``: the gene sets have names too.
@@ -300,6 +301,12 @@ def reactome(
     if organism not in _SPECIES:
         raise ScpertError(f"organism={organism!r} is not known. Choose one of {listing(_SPECIES)}.")
     prefix = f"R-{_SPECIES[organism]}-"
+    if isinstance(path, (list, tuple)):
+        if len(path) != 3 or names is not None or hierarchy is not None:
+            raise ScpertError(
+                f"path has {len(path)} files: give three (gene sets, names, hierarchy) and no names= or hierarchy= beside."
+            )
+        path, names, hierarchy = path
     if path is None:
         if names is not None or hierarchy is not None:
             raise ScpertError(
