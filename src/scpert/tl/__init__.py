@@ -4,6 +4,7 @@ from ._effects import perturbation_effects
 from ._evaluate_grn import evaluate_grn, grn_stability
 from ._grn import infer_grn
 from ._interactions import INTERACTION_THRESHOLDS, evaluate_interactions, genetic_interactions
+from ._rank import rank_perturbations
 
 __all__ = [
     "INTERACTION_THRESHOLDS",
@@ -13,4 +14,5 @@ __all__ = [
     "grn_stability",
     "infer_grn",
     "perturbation_effects",
+    "rank_perturbations",
 ]

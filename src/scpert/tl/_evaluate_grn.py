@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -562,7 +563,9 @@ def grn_stability(
         if by == "bootstrap":
             groups = adata.obs.groupby(label_key, observed=True, sort=True).indices
             index = np.concatenate([rng.choice(rows, len(rows)) for _, rows in sorted(groups.items())])
-            sample = adata[index].copy()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Observation names are not unique")
+                sample = adata[index].copy()
             sample.obs_names = [f"{name}-{i}" for i, name in enumerate(sample.obs_names)]
             infer_grn(sample, random_state=random_state, **options)
         else:

@@ -101,10 +101,12 @@ def direct_effects(
     finite = np.isfinite(error) & (error > 0)
     error = np.where(finite, error, np.nan)
     with np.errstate(invalid="ignore"):
-        of_gene = np.sqrt(np.nanmean(np.where(finite, error**2, np.nan), axis=0)) if finite.any() else np.ones(n_genes)
-        of_gene = np.where(np.isfinite(of_gene) & (of_gene > 0), of_gene, 1.0)
-        of_row = np.nanmedian(error / of_gene, axis=1)
-    of_row = np.where(np.isfinite(of_row) & (of_row > 0), of_row, 1.0)
+        count = finite.sum(axis=0)
+        of_gene = np.sqrt(np.where(finite, error**2, 0.0).sum(axis=0) / np.maximum(count, 1))
+        of_gene = np.where(of_gene > 0, of_gene, 1.0)
+        of_row = np.array(
+            [np.median((row / of_gene)[ok]) if ok.any() else 1.0 for row, ok in zip(error, finite, strict=True)]
+        )
 
     inputs = np.zeros((n_regulators, n_regulators))
     seen = np.nan_to_num(np.abs(shift) > cut * np.nan_to_num(error, nan=np.inf))

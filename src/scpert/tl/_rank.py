@@ -1,0 +1,338 @@
+"""Which perturbations move cells towards a goal state."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse, stats
+
+from .. import _keys as K
+from .._checks import check_obs_key, check_positive, listing
+from .._progress import progress
+from ..data import Screen, canonical, join, parse
+from ..errors import ScpertError
+from ._effects import benjamini_hochberg, perturbation_effects
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["rank_perturbations"]
+
+logger = logging.getLogger("scpert")
+
+
+def rank_perturbations(
+    adata: Any,
+    model: Any = None,
+    *,
+    goal: Any,
+    start: Any = None,
+    groupby: str | None = None,
+    perturbations: Sequence[str] | None = None,
+    doubles: bool = True,
+    n_doubles: int = 20,
+    exclude_targets: bool = True,
+    perturbation_key: str = K.PERTURBATION,
+    control: str = K.CONTROL,
+    layer: str | None = None,
+    scale: str = K.SCALE_AUTO,
+    library_size_key: str | None = None,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    r"""Rank single and double perturbations by how close to a goal state they bring cells from a start.
+
+    With :math:`d` the difference of the mean profiles of goal and start and :math:`\delta_p` the effect of a
+    perturbation (log1p CP10k, over the genes other than its own targets),
+
+    .. math:: \text{progress}_p = \frac{\delta_p \cdot d}{d \cdot d - \sum_g s_g^2},\quad
+              \text{cosine}_p = \frac{\delta_p \cdot d}{|\delta_p||d|},\quad
+              \text{remaining}_p = \frac{|d - \delta_p|}{|d|}.
+
+    where :math:`s_g` is the standard error of :math:`d_g` (noise lengthens the way; at least a tenth of it is kept). A
+    progress of 1 covers the whole way along :math:`d`; what a perturbation does beside, and what it does too much,
+    shows in ``remaining``, by which the table is sorted. The standard error of the progress follows from those of :math:`\delta_p` (the model's predictive standard deviation, or Welch's) and of
+    :math:`d` by the delta method, genes taken as independent.
+
+    Parameters
+    ----------
+    adata
+        Cells that hold start and goal. A trained model may be given instead (its AnnData is used).
+    model
+        A trained model with ``predict_perturbation``; or effects of :func:`scpert.tl.perturbation_effects`; ``None``
+        measures the effects in ``adata``. Doubles come from the model, and from effects as the sum of two singles.
+    goal
+        The state to reach: a value of ``obs[groupby]``, a boolean mask over cells, an AnnData of goal cells with the
+        same genes and scale, or a Series (gene -> wanted shift).
+    start
+        Where to start: as ``goal`` (no Series); by default the control cells.
+    groupby
+        Column of obs for ``goal`` and ``start``; by default ``perturbation_key``.
+    perturbations
+        Candidates; by default all that the model was trained on.
+    doubles
+        Whether to add pairs of the best ``n_doubles`` single targets.
+    n_doubles
+        See above.
+    exclude_targets
+        Leave each perturbation's own targets out of its measures: that they move is its definition.
+    perturbation_key, control, layer, scale, library_size_key
+        As in :func:`scpert.tl.perturbation_effects`.
+    random_state
+        Seed of the model's prediction.
+
+    Returns
+    -------
+    DataFrame, best first: ``perturbation``, ``n_targets``, ``progress``, ``std_error``, ``lower``, ``upper`` (95 %),
+    ``pvals`` (of no progress), ``pvals_adj``, ``cosine``, ``remaining``, ``status`` (``trained``, ``combination``,
+    ``unseen``, ``measured``, ``sum``).
+
+    Raises
+    ------
+    ScpertError
+        If goal and start are the same, empty, or share no gene with the predictions.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=400, n_genes=40, n_targets=5)
+    >>> goal = str(adata.obs["perturbation"].drop_duplicates().iloc[0])
+    >>> table = scpert.tl.rank_perturbations(
+    ...     adata, goal=goal if goal != "control" else adata.uns["truth"]["net"].iloc[0, 0]
+    ... )
+    >>> list(table.columns[:3])
+    ['perturbation', 'n_targets', 'progress']
+    """
+    if model is None and hasattr(adata, "predict_perturbation"):
+        model, adata = adata, adata.adata
+    check_positive("n_doubles", n_doubles)
+    arguments = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    screen = Screen(
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        allowed=K.SCALES,
+        require_control=start is None and not isinstance(goal, pd.Series),
+        **arguments,
+    )
+    wanted, wanted_error = _direction(screen, goal, start, groupby or perturbation_key, perturbation_key)
+
+    source = _Measured(adata, model, screen, perturbation_key, control, arguments) if _is_effects(model) else None
+    if source is None:
+        source = _Predicted(model, control, random_state)
+    genes = screen.genes.intersection(source.genes, sort=False)
+    if not len(genes):
+        raise ScpertError(
+            f"The predictions share no gene with adata ({listing(screen.genes[:4])} against {listing(source.genes[:4])})."
+        )
+    at = screen.genes.get_indexer(genes)
+    wanted, wanted_error = wanted[at], wanted_error[at]
+    if not np.any(wanted):
+        raise ScpertError("goal and start have the same mean profile: there is no way to go. Choose other cells.")
+
+    labels = source.known() if perturbations is None else [canonical(str(p), control) for p in perturbations]
+    labels = [p for p in dict.fromkeys(labels) if p != control]
+    if not labels:
+        raise ScpertError("There is no candidate: pass perturbations=, or a model that was trained on some.")
+    table = _rank(source, labels, genes, wanted, wanted_error, control, exclude_targets)
+    if doubles:
+        singles = table[(table["n_targets"] == 1) & (table["progress"] > 0)]
+        best = singles.sort_values("progress", ascending=False, kind="stable")[K.PERTURBATION].head(int(n_doubles))
+        pairs = [join(pair, control) for pair in itertools.combinations(sorted(best), 2)]
+        pairs = [p for p in pairs if p not in set(labels)]
+        if pairs and source.combines:
+            more = _rank(source, pairs, genes, wanted, wanted_error, control, exclude_targets)
+            table = pd.concat([table, more], ignore_index=True)
+        elif pairs:
+            logger.warning("%s predicts no combinations (scope 'seen'): doubles are left out.", type(model).__name__)
+    table["pvals_adj"] = benjamini_hochberg(table["pvals"].to_numpy())
+    columns = [K.PERTURBATION, "n_targets", "progress", K.STD_ERROR, K.LOWER, K.UPPER, K.PVALS, K.PVALS_ADJ]
+    table = table[[*columns, "cosine", "remaining", K.STATUS]]
+    return table.sort_values("remaining", kind="stable").reset_index(drop=True)
+
+
+def _is_effects(model: Any) -> bool:
+    return model is None or hasattr(model, "var_names")
+
+
+def _direction(
+    screen: Screen, goal: Any, start: Any, groupby: str, perturbation_key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(goal, pd.Series):
+        known = goal.index.intersection(screen.genes)
+        if not len(known):
+            raise ScpertError(f"goal= names no gene of adata ({listing(goal.index[:4])}).")
+        if len(known) < len(goal):
+            logger.warning("goal=: %d of %d genes are not measured.", len(goal) - len(known), len(goal))
+        wanted = goal.reindex(screen.genes).fillna(0.0).to_numpy(dtype=np.float64)
+        return wanted, np.zeros_like(wanted)
+    mean, variance = [], []
+    for name, what in (("goal", goal), ("start", start)):
+        values = _cells(screen, name, what, groupby, perturbation_key)
+        m = np.asarray(values.mean(axis=0)).ravel().astype(np.float64)
+        square = np.asarray(values.multiply(values).mean(axis=0)).ravel().astype(np.float64)
+        n = values.shape[0]
+        mean.append(m)
+        variance.append(np.maximum(square - m**2, 0.0) / max(n - 1, 1))
+    return mean[0] - mean[1], np.sqrt(variance[0] + variance[1])
+
+
+def _cells(screen: Screen, name: str, what: Any, groupby: str, perturbation_key: str) -> sparse.csr_matrix:
+    if what is None:
+        return screen.rows(screen.is_control)
+    if hasattr(what, "var_names"):
+        missing = screen.genes.difference(what.var_names)
+        if len(missing):
+            raise ScpertError(f"{name}= lacks {len(missing)} gene(s) of adata: {listing(missing, 5)}.")
+        other = what[:, screen.genes].copy()
+        other.obs[perturbation_key] = screen.control
+        rows = Screen(
+            other,
+            perturbation_key=perturbation_key,
+            control=screen.control,
+            scale=screen.scale,
+            layer=screen.layer,
+            allowed=K.SCALES,
+            library_size_key=screen.library_size_key,
+        )
+        return rows.rows(np.arange(rows.n_cells))
+    values = np.asarray(what)
+    if values.dtype == bool:
+        if values.shape != (screen.n_cells,):
+            raise ScpertError(f"{name}=: the mask has shape {values.shape}, adata has {screen.n_cells} cells.")
+        mask = values
+    else:
+        labels = check_obs_key(screen.adata, groupby, "groupby").astype(str).to_numpy()
+        if groupby == perturbation_key:
+            labels, what = screen.labels, canonical(str(what), screen.control)
+        mask = labels == str(what)
+        if not mask.any():
+            raise ScpertError(
+                f"{name}={what!r} is no value of adata.obs[{groupby!r}]: it has {listing(np.unique(labels.astype(str)))}."
+            )
+    if not mask.any():
+        raise ScpertError(f"{name}= selects no cell.")
+    return screen.rows(mask)
+
+
+class _Measured:
+    """Effects that were measured; a combination that was not is the sum of its singles."""
+
+    combines = True
+
+    def __init__(self, adata: AnnData, effects: Any, screen: Screen, key: str, control: str, arguments: dict[str, Any]):
+        if effects is None:
+            effects = perturbation_effects(adata, perturbation_key=key, control=control, **arguments)
+        self.control = control
+        self.genes = effects.var_names
+        labels = effects.obs[K.PERTURBATION] if K.PERTURBATION in effects.obs else effects.obs_names.to_series()
+        self.row = {canonical(str(p), control): i for i, p in enumerate(labels)}
+        values = effects.layers[K.DELTA] if K.DELTA in effects.layers else effects.X
+        self.shift = values.toarray() if sparse.issparse(values) else np.asarray(values)
+        error = next((effects.layers[name] for name in (K.STD_ERROR, K.STD) if name in effects.layers), None)
+        self.error = np.zeros_like(self.shift) if error is None else np.nan_to_num(np.asarray(error))
+
+    def known(self) -> list[str]:
+        return list(self.row)
+
+    def __call__(self, labels: list[str], genes: pd.Index) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        at = self.genes.get_indexer(genes)
+        shift, variance = np.zeros((len(labels), len(genes))), np.zeros((len(labels), len(genes)))
+        status = []
+        for i, label in enumerate(labels):
+            parts = [label] if label in self.row else list(parse(label, self.control))
+            missing = [p for p in parts if p not in self.row]
+            if missing:
+                raise ScpertError(f"No effect of {listing(missing)} was measured; measured are {listing(self.row)}.")
+            for part in parts:
+                shift[i] += self.shift[self.row[part], at]
+                variance[i] += self.error[self.row[part], at] ** 2
+            status.append("measured" if len(parts) == 1 else "sum")
+        return shift, np.sqrt(variance), status
+
+
+class _Predicted:
+    """Effects that a model predicts."""
+
+    def __init__(self, model: Any, control: str, random_state: int):
+        if not hasattr(model, "predict_perturbation"):
+            raise ScpertError(
+                f"model= must be a trained model or effects of tl.perturbation_effects; got {type(model).__name__}."
+            )
+        self.model, self.control, self.random_state = model, control, random_state
+        self.combines = getattr(model, "scope", "combinations") != "seen"
+        self._all = model.predict_perturbation(None, random_state=random_state)
+        self.genes = self._all.var_names
+
+    def known(self) -> list[str]:
+        return [canonical(str(p), self.control) for p in self._all.obs[K.PERTURBATION]]
+
+    def __call__(self, labels: list[str], genes: pd.Index) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        at = self.genes.get_indexer(genes)
+        shift, error, status = [], [], []
+        row = {label: i for i, label in enumerate(self.known())}
+        for block in progress(
+            [labels[s : s + 100] for s in range(0, len(labels), 100)], description="predict", unit="block"
+        ):
+            if all(label in row for label in block):
+                found = self._all[[row[label] for label in block]]
+            else:
+                found = self.model.predict_perturbation(block, random_state=self.random_state)
+                order = {canonical(str(p), self.control): i for i, p in enumerate(found.obs[K.PERTURBATION])}
+                found = found[[order[label] for label in block]]
+            delta = found.layers[K.DELTA]
+            delta = delta.toarray() if sparse.issparse(delta) else np.asarray(delta)
+            std = np.nan_to_num(np.asarray(found.layers[K.STD])) if K.STD in found.layers else np.zeros_like(delta)
+            shift.append(delta[:, at])
+            error.append(std[:, at])
+            status += [str(s) for s in found.obs[K.STATUS]] if K.STATUS in found.obs else [K.TRAINED] * len(block)
+        return np.vstack(shift).astype(np.float64), np.vstack(error).astype(np.float64), status
+
+
+def _rank(
+    source: _Measured | _Predicted,
+    labels: list[str],
+    genes: pd.Index,
+    wanted: np.ndarray,
+    wanted_error: np.ndarray,
+    control: str,
+    exclude_targets: bool,
+) -> pd.DataFrame:
+    shift, error, status = source(labels, genes)
+    rows = []
+    for label, delta, std, state in zip(labels, shift, error, status, strict=True):
+        targets = parse(label, control)
+        use = ~genes.isin(targets) if exclude_targets else np.ones(len(genes), dtype=bool)
+        d, x, sd, sx = wanted[use], delta[use], wanted_error[use], std[use]
+        length = float(d @ d)
+        if length == 0:
+            done = cosine = left = spread = np.nan
+        else:
+            way = max(length - float(sd @ sd), 0.1 * length)  # the noise of the profiles lengthens the way
+            done = float(x @ d) / way
+            size = float(np.sqrt(x @ x))
+            cosine = float(x @ d) / np.sqrt(length) / size if size > 0 else 0.0
+            left = float(np.sqrt(((d - x) ** 2).sum() / length))
+            by_effect = ((d / way) ** 2 * sx**2).sum()
+            by_goal = (((x - 2 * done * d) / way) ** 2 * sd**2).sum()
+            spread = float(np.sqrt(by_effect + by_goal))
+        z = done / spread if spread and spread > 0 else np.nan
+        rows.append(
+            {
+                K.PERTURBATION: label,
+                "n_targets": len(targets),
+                "progress": done,
+                K.STD_ERROR: spread,
+                K.LOWER: done - 1.96 * spread,
+                K.UPPER: done + 1.96 * spread,
+                K.PVALS: 2 * stats.norm.sf(abs(z)) if np.isfinite(z) else np.nan,
+                "cosine": cosine,
+                "remaining": left,
+                K.STATUS: state,
+            }
+        )
+    return pd.DataFrame(rows)

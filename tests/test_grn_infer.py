@@ -1,0 +1,491 @@
+"""tl.infer_grn: oracles of every method, error rate, recovery of simulated networks, round trips and bad input."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse, stats
+
+import scpert
+from scpert.errors import ScpertError, UnknownTargetError
+from scpert.tl._grn import weighted_bh
+from scpert.tl._grn_inverse import direct_effects, strongest_path
+from scpert.tl._rank_sum import rank_sums
+
+SIMPLE = ["interventional", "sparse_inverse", "ridge", "correlation", "boosting"]
+
+
+@pytest.fixture(scope="module")
+def screen() -> ad.AnnData:
+    return scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5, random_state=2)
+
+
+def truth(adata: ad.AnnData, which: str) -> np.ndarray:
+    """(gene, gene) matrix of the simulator's truth."""
+    table = adata.uns["truth"][which]
+    table = table[~table["source"].str.contains("+", regex=False)]
+    out = np.zeros((adata.n_vars, adata.n_vars))
+    out[adata.var_names.get_indexer(table["source"]), adata.var_names.get_indexer(table["target"])] = table["weight"]
+    return out
+
+
+def targets(adata: ad.AnnData) -> list[str]:
+    return sorted(p for p in adata.obs["perturbation"].astype(str).unique() if p != "control" and "+" not in p)
+
+
+@pytest.mark.parametrize("method", SIMPLE)
+def test_any_annotated_screen(screen, method, tmp_path):
+    """No other argument; csr; no self loop; written as documented; the same again; survives both file formats."""
+    adata = screen.copy()
+    options = {"n_estimators": 10} if method == "boosting" else {}
+    assert scpert.tl.infer_grn(adata, method=method, **options) is None
+    matrix, notes = adata.varp["grn"], adata.uns["grn"]
+    assert isinstance(matrix, sparse.csr_matrix | sparse.csr_array)
+    assert matrix.shape == (40, 40)
+    assert matrix.diagonal().sum() == 0
+    assert notes["method"] == method
+    assert set(np.flatnonzero(np.diff(matrix.indptr))) <= set(adata.var_names.get_indexer(targets(adata)))
+    assert matrix.nnz <= 5 * 39 // 2 or method == "interventional"
+    again = scpert.tl.infer_grn(screen, method=method, copy=True, **options)
+    np.testing.assert_array_equal(again.varp["grn"].toarray(), matrix.toarray())
+    assert "grn" not in screen.varp
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    adata.write_zarr(tmp_path / "a.zarr")
+    expected = scpert.get.grn_df(adata)
+    for back in (ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
+        pd.testing.assert_frame_equal(scpert.get.grn_df(back), expected, check_dtype=False)
+        assert back.uns["grn"]["parameters"]["control"] == "control"
+
+
+def test_error_rate_is_controlled():
+    """Nominal 0.05: the share of edges without a true total effect, pooled over screens, stays at or below it."""
+    false = found = 0
+    for seed in range(6):
+        adata = scpert.datasets.simulated(
+            n_genes=100, n_targets=20, n_combinations=0, cells_per_perturbation=60, strength=0.6, random_state=seed
+        )
+        scpert.tl.infer_grn(adata)
+        edges = adata.varp["grn"].toarray() != 0
+        false += int((edges & (truth(adata, "effects") == 0)).sum())
+        found += int(edges.sum())
+    assert found > 100
+    assert false / found <= 0.07
+
+
+def test_no_effect_no_edges():
+    edges = 0
+    for seed in range(5):
+        adata = scpert.datasets.simulated(
+            n_genes=60, n_targets=10, n_combinations=0, cells_per_perturbation=40, effect_size=0.0, random_state=seed
+        )
+        scpert.tl.infer_grn(adata)
+        edges += adata.varp["grn"].nnz
+    assert edges <= 2
+
+
+def test_direct_edges_beat_effect_size():
+    """Over seeds sparse_inverse ranks direct edges better than the size of the effect and than its z-score."""
+    gain = []
+    for seed in range(4):
+        adata = scpert.datasets.simulated(
+            n_genes=100, n_targets=40, n_combinations=0, cells_per_perturbation=150, random_state=seed
+        )
+        rows = adata.var_names.get_indexer(targets(adata))
+        direct = truth(adata, "net")[rows] != 0
+        off = np.ones(direct.shape, dtype=bool)
+        off[np.arange(len(rows)), rows] = False
+        effects = scpert.tl.perturbation_effects(adata)
+        scpert.tl.infer_grn(adata, method="sparse_inverse", threshold=0)
+        score = np.abs(adata.varp["grn"][rows].toarray())
+        from sklearn.metrics import average_precision_score
+
+        ours = average_precision_score(direct[off], score[off])
+        gain.append(
+            ours
+            - max(
+                average_precision_score(direct[off], np.abs(effects.X)[off]),
+                average_precision_score(direct[off], np.abs(effects.layers["zscore"])[off]),
+            )
+        )
+    assert min(gain) > 0
+
+
+def test_signs_follow_the_activity_of_the_regulator():
+    for mode in ("knockdown", "activation"):
+        adata = scpert.datasets.simulated(
+            n_genes=60,
+            n_targets=10,
+            n_combinations=0,
+            cells_per_perturbation=150,
+            mode=mode,
+            strength=0.6,
+            random_state=3,
+        )
+        scpert.tl.infer_grn(adata)
+        table = adata.uns["truth"]["effects"]
+        held = truth(adata, "effects")
+        own = np.sign(np.diag(held))[:, None]
+        edges = adata.varp["grn"].toarray()
+        known = (edges != 0) & (held != 0)
+        assert len(table) and known.sum() > 20
+        assert np.mean(np.sign(edges)[known] == np.sign(held * own)[known]) > 0.95
+
+
+# ---------------------------------------------------------------------------------------------- sparse inverse
+
+
+def linear_total_effects(direct: np.ndarray, regulators: np.ndarray) -> np.ndarray:
+    """Shift of every gene when one regulator is held at -1: solved exactly, one regulator at a time."""
+    n = len(direct)
+    out = np.zeros((len(regulators), n))
+    for row, target in enumerate(regulators):
+        others = np.setdiff1d(np.arange(n), target)
+        system = np.eye(n - 1) - direct[np.ix_(others, others)].T
+        out[row, others] = np.linalg.solve(system, -direct[target, others])
+        out[row, target] = -1.0
+    return out
+
+
+def random_direct(rng: np.random.Generator, n: int) -> np.ndarray:
+    direct = np.where(rng.random((n, n)) < 0.15, rng.uniform(0.2, 0.6, (n, n)) * rng.choice([-1, 1], (n, n)), 0.0)
+    np.fill_diagonal(direct, 0.0)
+    return direct * 0.6 / max(np.abs(np.linalg.eigvals(direct)).max(), 0.6)  # cycles, but stable
+
+
+def test_sparse_inverse_is_the_inverse_without_noise():
+    """All genes perturbed, no noise, no penalty: exactly the direct effects, which are those of the matrix inverse."""
+    rng = np.random.default_rng(0)
+    direct = random_direct(rng, 12)
+    shift = linear_total_effects(direct, np.arange(12))
+    error = np.full(shift.shape, 1e-9)
+    found = direct_effects(shift, error, np.arange(12), penalty=0.0, n_iter=20_000, tolerance=0.0)
+    np.testing.assert_allclose(-found, direct, atol=1e-3)
+    slope = -shift
+    inverse = np.linalg.inv(slope)
+    np.testing.assert_allclose(np.eye(12) - inverse / np.diag(inverse)[None, :], direct, atol=1e-8)
+
+
+def test_sparse_inverse_with_missing_interventions():
+    """Regulators that no perturbation hits have no row; a chain through a perturbed one is still taken apart."""
+    direct = np.zeros((4, 4))
+    direct[0, 1], direct[1, 2], direct[3, 2] = 0.8, 0.8, 0.5  # 0 -> 1 -> 2, and 3 -> 2 not perturbed
+    shift = linear_total_effects(direct, np.array([0, 1]))
+    found = direct_effects(shift, np.full(shift.shape, 0.01), np.array([0, 1]), penalty=3.0)
+    assert abs(found[0, 2]) < 0.05 * abs(shift[0, 2])
+    assert -found[1, 2] == pytest.approx(0.8, abs=0.05)
+
+
+def test_strongest_path_by_brute_force():
+    rng = np.random.default_rng(1)
+    position = np.array([0, 3, -1, 5])
+    z = rng.normal(size=(4, 7)) * 4
+    found = strongest_path(z, position)
+    clean = z.copy()
+    for r, p in enumerate(position):
+        if p >= 0:
+            clean[r, p] = 0.0
+    for i in range(4):
+        for j in range(7):
+            if clean[i, j] == 0:
+                continue
+            best = 0.0
+            for k, p in enumerate(position):
+                if p >= 0 and np.sign(clean[i, p] * clean[k, j]) == np.sign(clean[i, j]):
+                    best = max(best, min(abs(clean[i, p]), abs(clean[k, j])))
+            assert found[i, j] == pytest.approx(best, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- over cells
+
+
+def log1p_screen() -> ad.AnnData:
+    rng = np.random.default_rng(5)
+    x = np.maximum(rng.normal(1.0, 0.4, size=(200, 8)) @ (np.eye(8) + 0.3 * rng.normal(size=(8, 8))) + 3.0, 0.01)
+    labels = np.array(["control", "G0", "G1", "G2"])[rng.integers(0, 4, 200)]
+    return ad.AnnData(
+        x,
+        obs=pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(200)]),
+        var=pd.DataFrame(index=[f"G{i}" for i in range(8)]),
+    )
+
+
+def test_ridge_equals_sklearn():
+    """Closed form for all genes at once, also for regulators as targets, against one sklearn fit per gene."""
+    from sklearn.linear_model import Ridge
+
+    adata = log1p_screen()
+    scpert.tl.infer_grn(adata, method="ridge", scale="log1p", alpha=0.3, threshold=0)
+    x = adata.X - adata.X.mean(0)
+    x = x / np.sqrt((x**2).sum(0))
+    found = adata.varp["grn"].toarray()
+    for gene in range(8):
+        inputs = [r for r in range(3) if r != gene]
+        expected = Ridge(alpha=0.3, fit_intercept=False).fit(x[:, inputs], x[:, gene]).coef_
+        np.testing.assert_allclose(found[inputs, gene], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_correlation_equals_numpy():
+    adata = log1p_screen()
+    scpert.tl.infer_grn(adata, method="correlation", scale="log1p", threshold=0)
+    expected = np.corrcoef(adata.X.T)
+    np.fill_diagonal(expected, 0.0)
+    np.testing.assert_allclose(adata.varp["grn"].toarray()[:3], expected[:3], rtol=1e-4, atol=1e-6)
+    assert adata.varp["grn"][3:].nnz == 0
+
+
+def test_boosting_finds_a_nonlinear_regulator():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 2, size=(400, 6))
+    x[:, 5] = np.maximum(1.0 + np.where(x[:, 1] > 1.2, 1.5, 0.0) + rng.normal(0, 0.1, 400), 0.01)
+    labels = np.array(["control", *[f"G{i}" for i in range(5)]])[rng.integers(0, 6, 400)]
+    adata = ad.AnnData(
+        x, obs=pd.DataFrame({"perturbation": labels}), var=pd.DataFrame(index=[f"G{i}" for i in range(6)])
+    )
+    adata.obs_names = [str(i) for i in range(400)]
+    scpert.tl.infer_grn(adata, method="boosting", scale="log1p", threshold=0, max_features=0.5)
+    column = np.abs(adata.varp["grn"].toarray()[:5, 5])
+    assert column.argmax() == 1 and column[1] > 3 * np.delete(column, 1).max()
+
+
+def test_rank_sums_equal_scipy():
+    rng = np.random.default_rng(0)
+    values = sparse.csr_matrix(rng.poisson(0.7, size=(150, 6)).astype(float))
+    code = np.r_[np.zeros(70, int), np.ones(50, int), np.full(30, 2)]
+    z, p = rank_sums(values, code, 2)
+    dense = values.toarray()
+    for group in (1, 2):
+        for gene in range(6):
+            expected = stats.mannwhitneyu(dense[code == group, gene], dense[code == 0, gene], method="asymptotic")
+            assert p[group - 1, gene] == pytest.approx(expected.pvalue, rel=1e-6)
+
+
+def test_rank_statistic_finds_the_same(screen):
+    adata = scpert.datasets.simulated(n_genes=60, n_targets=8, cells_per_perturbation=100, strength=0.6)
+    welch = scpert.tl.infer_grn(adata, copy=True).varp["grn"].toarray() != 0
+    rank = scpert.tl.infer_grn(adata, statistic="rank", copy=True).varp["grn"].toarray() != 0
+    assert (welch & rank).sum() > 0.7 * welch.sum()
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+def test_prior_edges_need_less_evidence():
+    p = np.array([[0.001, 0.02, 0.03, 0.9]])
+    weights = np.array([[0.0, 3.0, 0.0, 0.0]])
+    np.testing.assert_allclose(weighted_bh(p, None), stats.false_discovery_control(p.ravel())[None])
+    factor = (1 + weights) / (1 + weights).mean()
+    np.testing.assert_allclose(
+        weighted_bh(p, weights), stats.false_discovery_control((p / factor).clip(0, 1).ravel())[None]
+    )
+
+
+def test_prior_raises_its_edges(screen):
+    source, target = targets(screen)[0], screen.var_names[1]
+    prior = pd.DataFrame({"source": [source], "target": [target]})
+    for method in ("sparse_inverse", "ridge", "correlation"):
+        plain = scpert.tl.infer_grn(screen, method=method, threshold=0, copy=True)
+        with_prior = scpert.tl.infer_grn(screen, method=method, threshold=0, prior=prior, copy=True)
+        i, j = screen.var_names.get_loc(source), screen.var_names.get_loc(target)
+        assert abs(with_prior.varp["grn"][i, j]) > abs(plain.varp["grn"][i, j])
+
+
+def test_regulators_n_edges_threshold_and_key(screen, caplog):
+    adata = screen.copy()
+    two = targets(adata)[:2]
+    scpert.tl.infer_grn(adata, method="correlation", regulators=two, n_edges=7, key_added="other")
+    assert adata.varp["other"].nnz == 7
+    assert set(scpert.get.grn_df(adata, "other")["source"]) <= set(two)
+    with caplog.at_level("WARNING", logger="scpert"):
+        scpert.tl.infer_grn(adata, method="correlation", threshold=0.1, key_added="other")
+    assert "overwritten" in caplog.text
+    assert np.abs(adata.varp["other"].data).min() > 0.1
+
+
+def test_split_and_observational(screen):
+    adata = screen.copy()
+    adata.obs["split"] = np.where(np.arange(adata.n_obs) % 2, "train", "test")
+    scpert.tl.infer_grn(adata, split_key="split", key_added="a")
+    half = adata[adata.obs["split"] == "train"].copy()
+    scpert.tl.infer_grn(half, key_added="a")
+    np.testing.assert_array_equal(adata.varp["a"].toarray(), half.varp["a"].toarray())
+    assert len(adata.uns["a"]["cells"]) == half.n_obs
+    adata.obs["free"] = adata.obs["perturbation"].astype(str) == targets(adata)[0]
+    scpert.tl.infer_grn(adata, method="ridge", observational="free", threshold=0)
+    assert targets(adata)[0] not in set(scpert.get.grn_df(adata)["source"])
+
+
+def test_unmeasured_regulators_lose_nothing(screen):
+    gene = targets(screen)[0]
+    adata = screen[:, [g for g in screen.var_names if g != gene]].copy()
+    scpert.tl.infer_grn(adata, method="sparse_inverse", threshold=0)
+    assert list(adata.uns["grn"]["unmeasured_regulators"]) == [gene]
+    assert set(adata.uns["grn"]["unmeasured_edges"]["source"]) == {gene}
+    assert gene in set(scpert.get.grn_df(adata, unmeasured=True)["source"])
+    assert gene not in set(scpert.get.grn_df(adata)["source"])
+
+
+def test_tables_and_profiles_without_replicates():
+    """Effects of single rows, and log profiles with one control: the spread over perturbations is the error."""
+    rng = np.random.default_rng(0)
+    genes = [f"G{i}" for i in range(30)]
+    direct = np.zeros((30, 30))
+    direct[0, 1] = direct[1, 2] = 1.0
+    shift = linear_total_effects(direct, np.arange(30)) + 0.02 * rng.normal(size=(30, 30))
+    table = ad.AnnData(shift, obs=pd.DataFrame({"perturbation": genes}, index=genes), var=pd.DataFrame(index=genes))
+    scpert.tl.infer_grn(table, method="sparse_inverse")
+    net = scpert.get.grn_df(table)
+    assert [tuple(e) for e in net[["source", "target"]].head(2).to_numpy()] in (
+        [("G0", "G1"), ("G1", "G2")],
+        [("G1", "G2"), ("G0", "G1")],
+    )
+    assert net.loc[net["source"].eq("G0") & net["target"].eq("G2"), "weight"].abs().max() < net["weight"].iloc[1] / 2
+    profiles = ad.AnnData(
+        np.vstack([np.full(30, 3.0), 3.0 + shift]),
+        obs=pd.DataFrame({"perturbation": ["control", *genes]}, index=["wild", *genes]),
+        var=pd.DataFrame(index=genes),
+    )
+    scpert.tl.infer_grn(profiles, scale="log1p")
+    assert {("G0", "G1"), ("G1", "G2"), ("G0", "G2")} == set(
+        map(tuple, scpert.get.grn_df(profiles)[["source", "target"]].head(3).to_numpy())
+    )
+
+
+def test_network_stays_sparse(screen):
+    """2,000 genes, 20,000 edges: nothing dense of that size is written."""
+    rng = np.random.default_rng(0)
+    n = 2000
+    genes = [f"G{i}" for i in range(n)]
+
+    class Model:
+        def get_grn(self) -> pd.DataFrame:
+            pairs = rng.choice(n * n, 20_500, replace=False)
+            net = pd.DataFrame({"source": np.array(genes)[pairs // n], "target": np.array(genes)[pairs % n]})
+            return net[net["source"] != net["target"]].head(20_000).assign(weight=1.0)
+
+    adata = ad.AnnData(
+        sparse.csr_matrix((3, n), dtype=np.float32),
+        obs=pd.DataFrame({"perturbation": ["control", "G0", "G1"]}, index=list("abc")),
+        var=pd.DataFrame(index=genes),
+    )
+    scpert.tl.infer_grn(adata, model=Model())
+    matrix = adata.varp["grn"]
+    assert sparse.issparse(matrix) and matrix.nnz == 20_000
+    assert matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes < 400_000
+    assert adata.uns["grn"]["method"] == "model Model"
+    assert len(scpert.get.grn_df(adata)) == 20_000
+
+
+def test_goes_through_decoupler_and_back(screen):
+    dc = pytest.importorskip("decoupler")
+    import scanpy as sc
+
+    adata = scpert.datasets.simulated(n_genes=80, n_targets=8, cells_per_perturbation=60, strength=0.6)
+    scpert.tl.infer_grn(adata, method="sparse_inverse")
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    net = scpert.get.grn_df(adata)
+    dc.mt.ulm(adata, net, tmin=3)
+    activity = adata.obsm["score_ulm"]
+    assert set(activity.columns) <= set(net["source"]) and activity.shape[0] == adata.n_obs
+    # a knocked-down regulator is less active in its own cells
+    lower = [
+        activity.loc[adata.obs["perturbation"] == r, r].mean()
+        < activity.loc[adata.obs["perturbation"] == "control", r].mean()
+        for r in activity.columns
+    ]
+    assert np.mean(lower) > 0.7
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_arguments(screen):
+    adata = screen.copy()
+    with pytest.raises(ScpertError, match="Did you mean 'ridge'"):
+        scpert.tl.infer_grn(adata, method="rigde")
+    with pytest.raises(UnknownTargetError, match="neither perturbed nor measured"):
+        scpert.tl.infer_grn(adata, regulators=["NOT_A_GENE"])
+    with pytest.raises(ScpertError, match="does not know the option"):
+        scpert.tl.infer_grn(adata, method="ridge", alhpa=1.0)
+    with pytest.raises(ScpertError, match="not both"):
+        scpert.tl.infer_grn(adata, n_edges=5, threshold=1.0)
+    with pytest.raises(ScpertError, match="shares no edge"):
+        scpert.tl.infer_grn(adata, prior=pd.DataFrame({"source": ["ENSG1"], "target": ["ENSG2"]}))
+    with pytest.raises(ScpertError, match="fewer than two control cells"):
+        adata.obs["donor_of"] = np.where(adata.obs["perturbation"] == "control", "x", "y")
+        scpert.tl.infer_grn(adata, covariate_keys="donor_of")
+    with pytest.raises(ScpertError, match="get_grn"):
+        scpert.tl.infer_grn(adata, model=object())
+    with pytest.raises(ScpertError, match="no 'train' cell"):
+        scpert.tl.infer_grn(adata, split_key="batch")
+    with pytest.raises(ScpertError, match="neither a boolean column"):
+        scpert.tl.infer_grn(adata, observational="multifactorial")
+    doubles = adata[
+        adata.obs["perturbation"].astype(str).str.contains("+", regex=False) | (adata.obs["perturbation"] == "control")
+    ]
+    with pytest.raises(ScpertError, match="no regulator"):
+        scpert.tl.infer_grn(doubles.copy())
+    assert "grn" not in adata.varp and "grn" not in adata.uns
+
+
+def test_one_perturbation_constant_targets_and_zero_effects(screen, caplog):
+    one = screen[screen.obs["perturbation"].isin(["control", targets(screen)[0]])].copy()
+    for method in SIMPLE[:4]:
+        scpert.tl.infer_grn(one, method=method)
+        assert set(scpert.get.grn_df(one)["source"]) <= {targets(screen)[0]}
+    flat = log1p_screen()
+    flat.X[:, 4] = 2.0
+    for method in SIMPLE[:4]:
+        scpert.tl.infer_grn(flat, method=method, scale="log1p", threshold=0)
+        assert flat.varp["grn"].toarray()[:, 4].any() == False  # noqa: E712
+    same = log1p_screen()
+    same.X[:] = np.linspace(1, 2, 8)[None, :]
+    with caplog.at_level("WARNING", logger="scpert"):
+        scpert.tl.infer_grn(same, scale="log1p")
+    assert same.varp["grn"].nnz == 0 and "found no edge" in caplog.text
+
+
+def test_no_measured_target_still_works(screen):
+    adata = screen[:, [g for g in screen.var_names if g not in targets(screen)]].copy()
+    for method in SIMPLE[:4]:
+        scpert.tl.infer_grn(adata, method=method)
+        assert adata.varp["grn"].shape == (adata.n_vars, adata.n_vars)
+    with pytest.raises(scpert.errors.MissingKeyError, match="no network 'nothing'"):
+        scpert.get.grn_df(adata, "nothing")
+
+
+DATA = os.environ.get("SCPERT_TEST_DATA")
+
+
+@pytest.mark.skipif(not DATA, reason="SCPERT_TEST_DATA is not set")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_dream4_above_the_z_score(number):
+    from sklearn.metrics import average_precision_score
+
+    adata = ad.read_h5ad(Path(DATA) / f"dream4_size100_{number}.h5ad")
+    net = pd.read_csv(Path(DATA) / "truth" / f"dream4_size100_{number}_truth.csv.gz")
+    adata = adata[adata.obs["type"].isin(["wild type", "knockout", "knockdown", "multifactorial"])].copy()
+    scpert.tl.infer_grn(adata, method="sparse_inverse", observational="multifactorial", threshold=0)
+    edge = np.zeros((100, 100), dtype=bool)
+    edge[adata.var_names.get_indexer(net["source"]), adata.var_names.get_indexer(net["target"])] = True
+    off = ~np.eye(100, dtype=bool)
+    knockouts = adata[adata.obs["type"] == "knockout"]
+    order = pd.Index(knockouts.obs["perturbation"].astype(str)).get_indexer(adata.var_names)
+    values = np.asarray(knockouts.X, dtype=float)[order]
+    z = np.abs(values - np.median(values, axis=0)) / values.std(axis=0)
+    ours = average_precision_score(edge[off], np.abs(adata.varp["grn"].toarray())[off])
+    assert ours > average_precision_score(edge[off], z[off])
+
+
+@pytest.mark.skipif(not DATA, reason="SCPERT_TEST_DATA is not set")
+def test_known_biology_of_enhancers():
+    adata = ad.read_h5ad(Path(DATA) / "schraivogel2020_k562_tapseq_crispat.h5ad")
+    scpert.tl.infer_grn(adata)
+    net = scpert.get.grn_df(adata, unmeasured=True)
+    edges = set(map(tuple, net[["source", "target"]].to_numpy()))
+    assert {("GATA1_enh", "GATA1"), ("HS2_enh", "HBE1"), ("MYC_enh", "MYC"), ("ZFPM2_enh", "ZFPM2")} <= edges
