@@ -5,12 +5,13 @@ from ._de import wilcoxon
 from ._evaluate import evaluate
 from ._pair import Reference
 from ._registry import METRICS, Metric
-from ._summary import ceiling, compare, dynamic_range, pseudobulk, summarise, training_mean
+from ._summary import by_chance, ceiling, compare, dynamic_range, pseudobulk, summarise, training_mean
 
 __all__ = [
     "METRICS",
     "Metric",
     "Reference",
+    "by_chance",
     "ceiling",
     "compare",
     "dynamic_range",

@@ -299,7 +299,7 @@ def _r2(pair: Pair, scatter: np.ndarray) -> np.ndarray:
     formula="corr_g(m̂_p - r, m_p - r), r = mean of the training perturbations' centroids",
     source="Systema (Viñas Torné et al. 2025)",
     needs=("train",),
-    exploit="none known; noisy where perturbations hardly differ from each other",
+    exploit="no change, as all that is below average, scores above 0 where most perturbations are weak; r is on both sides",
 )
 def pearson_delta_centroid(pair: Pair) -> np.ndarray:
     """Correlation of the shifts from the perturbed centroid: what is specific to a perturbation."""
@@ -314,7 +314,7 @@ def pearson_delta_centroid(pair: Pair) -> np.ndarray:
     formula="pearson_delta_centroid over genes that are not p's targets",
     source="Systema; Csendes et al. 2025",
     needs=("train",),
-    exploit="none known",
+    exploit="as pearson_delta_centroid",
 )
 def pearson_delta_centroid_no_target(pair: Pair) -> np.ndarray:
     """Centroid-referenced correlation, the targets left out."""

@@ -1,4 +1,4 @@
-"""Metrics of retrieval: is a prediction nearer to its own perturbation than to the others?
+"""Metrics of retrieval: whether a prediction is nearer to its own perturbation than to the others.
 
 Ties get half credit, so that a constant prediction has no luck with the order of the rows.
 """

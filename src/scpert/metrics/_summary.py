@@ -21,7 +21,7 @@ from ._registry import METRICS, resolve
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["ceiling", "compare", "dynamic_range", "pseudobulk", "summarise", "training_mean"]
+__all__ = ["by_chance", "ceiling", "compare", "dynamic_range", "pseudobulk", "summarise", "training_mean"]
 
 logger = logging.getLogger("scpert")
 
@@ -348,6 +348,11 @@ def _higher(name: str) -> bool | None:
     return m.higher_is_better if m is not None else None
 
 
+def _snap(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Differences of rounding (single precision) are none."""
+    return np.where(np.abs(difference) <= 1e-6 * np.abs(scale) + 1e-7, 0.0, difference)
+
+
 def _resampler(
     rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None, n_boot: int, seed: int
 ) -> np.ndarray:
@@ -469,7 +474,9 @@ def _score(
     seed: int,
 ) -> None:
     sign = 1.0 if higher else -1.0
-    model, base, top = (record[k] for k in ("model", "baseline", "ceiling"))
+    values = values.copy()
+    values[:, 0] = values[:, 1] + _snap(values[:, 0] - values[:, 1], values[:, 1])
+    model, base, top = values.mean(axis=0)
     gap = sign * (top - base)
     if METRICS[name].level == "set":
         clear = gap > 1e-9
@@ -551,7 +558,7 @@ def compare(
             "b": _nanmean(values[ok, 1]),
         }
         if ok.sum() and higher is not None:
-            difference = sign * (values[ok, 0] - values[ok, 1])
+            difference = sign * _snap(values[ok, 0] - values[ok, 1], values[ok, 1])
             record["difference"] = difference.mean()
             kept = np.asarray(rows, dtype=object)[ok]
             record["n_clusters"] = (
@@ -637,3 +644,33 @@ def dynamic_range(
         out.append(record)
     columns = ["negative", "positive", "perfect", "drf", "drf_lower", "bds", "bds_lower", "believable", "n"]
     return pd.DataFrame(out, columns=["metric", *columns]).set_index("metric")
+
+
+def by_chance(table: pd.DataFrame) -> pd.DataFrame:
+    """A table in which flat predictions have the value that a prediction without information scores.
+
+    Parameters
+    ----------
+    table
+        Of :func:`evaluate`, with its reasons.
+
+    Returns
+    -------
+    A copy. Values that are undefined for another reason stay NaN.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> flat = scpert.metrics.pseudobulk(adata)
+    >>> flat.X[:] = flat.X - flat.layers["delta"]
+    >>> flat.layers["delta"][:] = 0
+    >>> table = scpert.metrics.evaluate(flat, adata, metrics=["pearson_delta"])
+    >>> float(scpert.metrics.by_chance(table)["pearson_delta"].iloc[0])
+    0.0
+    """
+    out = table.copy()
+    out.attrs = dict(table.attrs)
+    for name in out.columns:
+        out[name] = _values(table, list(table.index), name)
+    return out

@@ -1,0 +1,122 @@
+"""``scpert benchmark``: the benchmark from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_arguments", "main"]
+
+MODELS = ("NoChange", "PerturbedMean", "Additive", "LinearPCA")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the arguments of ``scpert benchmark``."""
+    parser.add_argument("--data", nargs="*", default=[], help="h5ad files; without any, the simulated tasks (--tasks)")
+    parser.add_argument("--tasks", nargs="*", default=None, help="names of simulated tasks (scpert.benchmark.TASKS)")
+    parser.add_argument(
+        "--models", nargs="*", default=list(MODELS), help=f"names of models (default: {' '.join(MODELS)})"
+    )
+    parser.add_argument(
+        "--split",
+        nargs="*",
+        default=["perturbations"],
+        help="perturbations, combinations, cells, contexts, folds (default: perturbations)",
+    )
+    parser.add_argument("--seeds", default="3", help="number of seeds, or a list such as 0,1,2 (default: 3)")
+    parser.add_argument("--out", required=True, help="folder; a run that was stopped goes on where it was")
+    parser.add_argument("--perturbation-key", default="perturbation")
+    parser.add_argument("--control", default="control")
+    parser.add_argument("--layer", default=None)
+    parser.add_argument("--scale", default="auto", help="counts, log1p, effects or auto")
+    parser.add_argument("--library-size-key", default=None)
+    parser.add_argument("--fractions", default=None, help="shares of train, val, test, such as 0.7,0.1,0.2")
+    parser.add_argument("--n-folds", type=int, default=None)
+    parser.add_argument("--metrics", nargs="*", default=None)
+    parser.add_argument("--max-epochs", type=int, default=None, help="for models that are trained in epochs")
+    parser.add_argument("--dask", default=None, help="address of a Dask scheduler, or a number of local workers")
+    return parser
+
+
+def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
+    """Run ``scpert benchmark``; returns the exit status.
+
+    Parameters
+    ----------
+    args
+        Parsed arguments, or a list of strings.
+
+    Examples
+    --------
+    >>> from scpert.benchmark import add_arguments
+    >>> import argparse
+    >>> add_arguments(argparse.ArgumentParser()).parse_args(["--out", "somewhere"]).split
+    ['perturbations']
+    """
+    if not isinstance(args, argparse.Namespace):
+        args = add_arguments(argparse.ArgumentParser(prog="scpert benchmark")).parse_args(args)
+    from . import TASKS, ModelSpec, Task, leaderboard, run
+    from ._task import METRICS
+
+    setup: dict[str, Any] = {
+        "perturbation_key": args.perturbation_key,
+        "control": args.control,
+        "layer": args.layer,
+        "scale": args.scale,
+        "library_size_key": args.library_size_key,
+    }
+    setup = {k: v for k, v in setup.items() if v is not None}
+    options: dict[str, Any] = {}
+    if args.fractions:
+        options["fractions"] = tuple(float(x) for x in args.fractions.split(","))
+    tasks: list[Any] = []
+    for file in args.data:
+        for split in args.split:
+            extra = {"n_folds": args.n_folds} if split == "folds" and args.n_folds else {}
+            name = f"{Path(file).stem}_{split}"
+            tasks.append(
+                Task(
+                    name,
+                    str(file),
+                    split,
+                    split_options=options | extra,
+                    setup=setup,
+                    metrics=tuple(args.metrics or METRICS),
+                )
+            )
+    if args.tasks is not None:
+        tasks += args.tasks or list(TASKS)
+    elif not tasks:
+        tasks = list(TASKS)
+    train = {"max_epochs": args.max_epochs} if args.max_epochs else {}
+    models = [ModelSpec(name, train=train) for name in args.models]
+    seeds: Any = int(args.seeds) if "," not in str(args.seeds) else [int(s) for s in args.seeds.split(",")]
+    engine = _client(args.dask) if args.dask else None
+    try:
+        results = run(tasks, models, seeds=seeds, out=args.out, engine=engine)
+    finally:
+        if engine is not None:
+            engine.close()
+    page = Path(args.out) / "leaderboard.html"
+    board = leaderboard(results, path=page)
+    board.to_csv(Path(args.out) / "leaderboard.csv", index=False)
+    shown = [m for m in ("pearson_delta_centroid", "mse") if m in set(board["metric"])] or list(
+        board["metric"].unique()
+    )[:1]
+    for metric in shown:
+        part = board[board["metric"] == metric][
+            ["task", "model", "rank", "value", "score", "lower", "upper", "seconds", "verdict"]
+        ]
+        print(f"\n{metric}\n{part.to_string(index=False, float_format=lambda x: f'{x:.4g}')}")
+    print(f"\nAll metrics: {page}")
+    return 0
+
+
+def _client(where: str) -> Any:
+    from distributed import Client, LocalCluster
+
+    if where.isdigit():
+        return Client(LocalCluster(n_workers=int(where), threads_per_worker=1, dashboard_address=None))
+    return Client(where)
