@@ -16,10 +16,11 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["benchmark", "datasets", "errors", "get", "metrics", "model", "pl", "pp", "resources", "settings", "tl"]
+__all__ = ["benchmark", "datasets", "errors", "get", "metrics", "model", "pl", "pp", "quickstart", "resources", "settings", "tl"]
 
 if TYPE_CHECKING:
     from . import benchmark, datasets, errors, get, metrics, model, pl, pp, resources, tl
+    from ._quickstart import quickstart
     from ._settings import settings
 
 logging.getLogger("scpert").addHandler(logging.NullHandler())
@@ -30,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from ._settings import settings
 
         return settings
+    if name == "quickstart":
+        from ._quickstart import quickstart
+
+        return quickstart
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

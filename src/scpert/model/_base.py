@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,8 +145,8 @@ class BaseModel(BaseModelClass):
 
     def _remember(self, local: dict[str, Any]) -> dict[str, Any]:
         """Note the options of the constructor, given its ``locals()``."""
-        skip = {"self", "adata", "registry", "__class__"}
-        self._options = {k: v for k, v in local.items() if k not in skip}
+        known = inspect.signature(type(self).__init__).parameters
+        self._options = {k: v for k, v in local.items() if k in known and k not in ("self", "adata", "registry")}
         return self._options
 
     @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""To come."""
+"""Building blocks of networks: torch only, no AnnData."""

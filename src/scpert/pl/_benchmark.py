@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,16 +114,22 @@ def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
     return ax
 
 
-def _critical(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
+@lru_cache
+def _nemenyi(k: int) -> float:
+    """Critical value of Nemenyi's test of ``k`` models at 5 %."""
     from scipy.stats import studentized_range
 
+    return float(studentized_range.ppf(0.95, k, np.inf) / np.sqrt(2))
+
+
+def _critical(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
     ranks = part[part["model"] != "ceiling"].pivot_table(index="task", columns="model", values="rank").dropna(axis=1)
     ranks = ranks.rank(axis=1)
     n, k = ranks.shape
     if n < 2 or k < 2:
         raise ScpertError(f"Critical differences need two models and two tasks with values; there are {k} and {n}.")
     mean = ranks.mean().sort_values()
-    critical = float(studentized_range.ppf(0.95, k, np.inf) / np.sqrt(2) * np.sqrt(k * (k + 1) / (6 * n)))
+    critical = _nemenyi(k) * float(np.sqrt(k * (k + 1) / (6 * n)))
     ax = _axes(ax, (7, 1 + 0.28 * k))
     for i, (model, value) in enumerate(mean.items()):
         ax.plot(value, i, "o", color="0.4" if model in _REFERENCES else "C0")

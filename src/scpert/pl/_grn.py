@@ -1,0 +1,241 @@
+"""Figures of gene regulatory networks and of their evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from .. import _keys as K
+from .._checks import check_choice, listing
+from ..errors import MissingKeyError, ScpertError
+from ._figure import COLOURS, finish, new_axes
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["grn", "grn_evaluation"]
+
+
+def grn(
+    adata: AnnData | pd.DataFrame,
+    key: str = K.GRN,
+    *,
+    kind: str = "network",
+    n_edges: int = 40,
+    gene: str | None = None,
+    n_genes: int = 40,
+    random_state: int = 0,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure:
+    """Draw a gene regulatory network.
+
+    Parameters
+    ----------
+    adata
+        After :func:`scpert.tl.infer_grn`, or a net (``source, target, weight``).
+    key
+        Where the network is.
+    kind
+        ``"network"``: the strongest edges, activation red, repression blue, regulators filled. ``"heatmap"``:
+        regulators by targets.
+    n_edges
+        So many edges at most (``"network"``).
+    gene
+        Only edges of this gene and among its neighbours.
+    n_genes
+        So many regulators and targets at most (``"heatmap"``).
+    random_state
+        Seed of the layout.
+    ax, show, return_fig
+        As everywhere in :mod:`scpert.pl`.
+
+    Returns
+    -------
+    Axes, or the figure.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=600, n_genes=40, n_targets=5)
+    >>> scpert.tl.infer_grn(adata)
+    >>> ax = scpert.pl.grn(adata, n_edges=10)
+    """
+    check_choice("kind", kind, ("network", "heatmap"))
+    if isinstance(adata, pd.DataFrame):
+        net = adata
+    else:
+        from ..get import grn_df
+
+        net = grn_df(adata, key, unmeasured=True)
+    missing = [c for c in (K.SOURCE, K.TARGET, K.WEIGHT) if c not in net.columns]
+    if missing:
+        raise MissingKeyError(f"The net lacks the column(s) {listing(missing)}; it has {listing(net.columns)}.")
+    net = net[[K.SOURCE, K.TARGET, K.WEIGHT]].astype({K.SOURCE: str, K.TARGET: str, K.WEIGHT: float})
+    net = net[(net[K.WEIGHT] != 0) & (net[K.SOURCE] != net[K.TARGET])]
+    if gene is not None:
+        touches = (net[K.SOURCE] == gene) | (net[K.TARGET] == gene)
+        if not touches.any():
+            raise ScpertError(f"The network has no edge of {gene!r}. It has regulators such as {listing(net[K.SOURCE].unique(), 5)}.")
+        near = set(net.loc[touches, K.SOURCE]) | set(net.loc[touches, K.TARGET])
+        net = net[net[K.SOURCE].isin(near) & net[K.TARGET].isin(near)]
+    net = net.iloc[np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")]
+    if kind == "heatmap":
+        return finish(_heatmap(net, n_genes, ax), show, return_fig)
+    net = net.head(int(n_edges))
+    ax = new_axes(ax, (6.5, 5.5))
+    ax.set_axis_off()
+    if net.empty:
+        ax.text(0.5, 0.5, "no edges", ha="center", va="center", transform=ax.transAxes)
+        return finish(ax, show, return_fig)
+    _draw_network(net, ax, random_state, gene)
+    return finish(ax, show, return_fig)
+
+
+def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | None) -> None:
+    import networkx as nx
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import FancyArrowPatch
+
+    graph = nx.DiGraph()
+    graph.add_weighted_edges_from(net.itertuples(index=False, name=None))
+    parts = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
+    position: dict[str, np.ndarray] = {}
+    # components are laid out on their own and packed in rows, so that they never overlap
+    x = y = row_height = 0.0
+    width = 1.6 * np.sqrt(sum(len(p) for p in parts))
+    for nodes in parts:
+        size = 0.75 * np.sqrt(len(nodes)) + 0.35
+        layout = nx.spring_layout(graph.subgraph(sorted(nodes)), seed=random_state, k=1.6 / np.sqrt(len(nodes)), weight=None)
+        if x > 0 and x + size > width:
+            x, y, row_height = 0.0, y - row_height, 0.0
+        for node, p in layout.items():
+            position[node] = np.array([x, y]) + (np.asarray(p) * np.array([0.5, -0.5]) + np.array([0.5, -0.5])) * size
+        x += size + 0.6
+        row_height = max(row_height, size + 0.5)
+    weight = net[K.WEIGHT].abs().to_numpy()
+    line = 0.6 + 2.2 * weight / weight.max()
+    for (source, target, w), lw in zip(net.itertuples(index=False, name=None), line, strict=True):
+        colour = COLOURS["red"] if w > 0 else COLOURS["blue"]
+        both = graph.has_edge(target, source)
+        ax.add_patch(
+            FancyArrowPatch(
+                position[source],
+                position[target],
+                arrowstyle="-|>" if w > 0 else "|-|,widthA=0,widthB=3",
+                mutation_scale=9 if w > 0 else 2,
+                connectionstyle=f"arc3,rad={0.18 if both else 0.05}",
+                shrinkA=8,
+                shrinkB=9,
+                lw=lw,
+                color=colour,
+                alpha=0.75,
+                zorder=1,
+            )
+        )
+    regulators = set(net[K.SOURCE])
+    for node, (px, py) in position.items():
+        chief = node in regulators
+        ax.scatter(
+            px,
+            py,
+            s=130 if chief else 55,
+            color=COLOURS["orange"] if node == gene else COLOURS["black"] if chief else "white",
+            edgecolors=COLOURS["black"],
+            linewidths=0.8,
+            zorder=2,
+        )
+        ax.annotate(
+            node,
+            (px, py),
+            xytext=(0, 8 if chief else 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8 if chief else 7,
+            fontweight="bold" if chief else "normal",
+            zorder=3,
+        )
+    corners = np.array(list(position.values()))
+    pad = 0.25
+    ax.set_xlim(corners[:, 0].min() - pad, corners[:, 0].max() + pad)
+    ax.set_ylim(corners[:, 1].min() - pad, corners[:, 1].max() + pad)
+    ax.legend(
+        handles=[
+            Line2D([], [], color=COLOURS["red"], label="goes up with the regulator"),
+            Line2D([], [], color=COLOURS["blue"], label="goes down with the regulator"),
+            Line2D([], [], color=COLOURS["black"], marker="o", ls="", ms=8, label="regulator"),
+        ],
+        frameon=False,
+        fontsize="x-small",
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=3,
+    )
+
+
+def _heatmap(net: pd.DataFrame, n_genes: int, ax: Axes | None) -> Axes:
+    strength = net.assign(s=net[K.WEIGHT].abs())
+    rows = strength.groupby(K.SOURCE)["s"].sum().nlargest(n_genes).index
+    columns = strength[strength[K.SOURCE].isin(rows)].groupby(K.TARGET)["s"].sum().nlargest(n_genes).index
+    table = net[net[K.SOURCE].isin(rows) & net[K.TARGET].isin(columns)]
+    matrix = table.pivot_table(index=K.SOURCE, columns=K.TARGET, values=K.WEIGHT, fill_value=0.0)
+    ax = new_axes(ax, (2.2 + 0.18 * matrix.shape[1], 1.4 + 0.18 * matrix.shape[0]))
+    if matrix.empty:
+        ax.text(0.5, 0.5, "no edges", ha="center", va="center", transform=ax.transAxes)
+        return ax
+    if min(matrix.shape) > 2:
+        from scipy.cluster.hierarchy import leaves_list, linkage
+
+        matrix = matrix.iloc[leaves_list(linkage(matrix.to_numpy(), "average"))]
+        matrix = matrix.iloc[:, leaves_list(linkage(matrix.to_numpy().T, "average"))]
+    limit = float(np.quantile(np.abs(matrix.to_numpy()[matrix.to_numpy() != 0]), 0.98))
+    image: Any = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    ax.set_yticks(np.arange(len(matrix)), matrix.index, fontsize=7)
+    ax.set_xticks(np.arange(matrix.shape[1]), matrix.columns, rotation=90, fontsize=7)
+    ax.set_ylabel("regulator")
+    ax.set_xlabel("target")
+    ax.get_figure().colorbar(image, ax=ax, shrink=0.6, label="weight")
+    return ax
+
+
+def grn_evaluation(
+    table: pd.DataFrame,
+    *,
+    metric: str = "precision",
+    ax: Axes | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure:
+    """Quality of a network against the number of its edges, with the baselines at the same numbers.
+
+    Parameters
+    ----------
+    table
+        From :func:`scpert.tl.evaluate_grn`: columns ``method``, ``k`` and metrics.
+    metric
+        Column to draw.
+    ax, show, return_fig
+        As everywhere in :mod:`scpert.pl`.
+
+    Returns
+    -------
+    Axes, or the figure.
+    """
+    if metric not in table.columns:
+        raise MissingKeyError(f"The table has no column {metric!r}; it has {listing(table.columns, 20)}.")
+    name = "method" if "method" in table.columns else "network"
+    ax = new_axes(ax, (4.8, 3.4))
+    cycle = [COLOURS[c] for c in ("red", "grey", "sky", "green", "purple", "orange", "blue", "black")]
+    for (label, part), colour in zip(table.groupby(name, sort=False), cycle * 4, strict=False):
+        part = part.dropna(subset=[metric]).sort_values("k")
+        ax.plot(part["k"], part[metric], "o-", ms=4, color=colour, label=str(label))
+    ax.set_xscale("log")
+    ax.set_xlabel("edges")
+    ax.set_ylabel(metric.replace("_", " "))
+    ax.legend(frameon=False, fontsize="small")
+    return finish(ax, show, return_fig)
