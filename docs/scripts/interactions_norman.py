@@ -101,7 +101,8 @@ def main() -> None:
     ax.axline((0, 0), slope=1, color="0.6", ls="--", lw=0.8)
     ax.set(xlabel="coefficient, authors (all cells and genes)", ylabel="coefficient, ours (100 cells, 500 genes)")
     ax.set_title(f"10 coefficients of 5 doubles, Pearson {results.loc['default', 'Pearson']:.2f}")
-    ax.legend(frameon=False)
+    ax.set_xlim(0, 1.15)
+    ax.legend(frameon=False, loc="lower right")
     out = Path(__file__).parents[1] / "_static" / "interactions_norman.png"
     out.parent.mkdir(exist_ok=True)
     figure.savefig(out, dpi=130)
