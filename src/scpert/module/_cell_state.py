@@ -72,7 +72,8 @@ class CellStateModule(nn.Module):
         self.register_buffer("z_scale", torch.ones(()))
         self.register_buffer("mean", torch.zeros(n_genes))  # of log expression, per gene
         self.register_buffer("scale", torch.ones(n_genes))
-        self.register_buffer("log_fraction", torch.zeros(n_genes) if head == "nb" else torch.zeros(0))
+        self.register_buffer("log_fraction", torch.zeros(n_genes if head == "nb" else 0))
+        self.register_buffer("target_sum", torch.tensor(1e4))
         if head == "nb":
             self.log_theta = nn.Parameter(torch.zeros(n_genes))
 
@@ -133,8 +134,8 @@ class CellStateModule(nn.Module):
         """Last hidden layer of the decoder ``(sample, hidden[0])``."""
         return F.gelu(self.norm(self.decoder(z / self.z_scale)))
 
-    def decode(self, z: Tensor, genes: Tensor | None = None) -> Tensor:
-        """Standardised values of all genes, or of some, from the latent state."""
+    def decode_raw(self, z: Tensor, genes: Tensor | None = None) -> Tensor:
+        """What the decoder puts out: standardised values, or (negative binomial head) logits in their unit."""
         h = self.features(z)
         if genes is None:
             out = self.output(h)
@@ -142,15 +143,20 @@ class CellStateModule(nn.Module):
         out = h @ self.output.weight[genes].T + self.output.bias[genes]
         return out + z @ self.B[:, genes] if self.linear else out
 
+    def decode(self, z: Tensor, genes: Tensor | None = None) -> Tensor:
+        """Standardised log expression of all genes, or of some, from the latent state."""
+        if self.head != "nb":
+            return self.decode_raw(z, genes)
+        out = (torch.log1p(self.target_sum * self.fractions(self.decode_raw(z))) - self.mean) / self.scale
+        return out if genes is None else out[:, genes]
+
     def forward(self, y: Tensor, observed: Tensor | None = None) -> Tensor:
-        """Reconstruction of standardised values."""
+        """Reconstruction of standardised log expression."""
         return self.decode(self.encode(y, observed))
 
-    # ------------------------------------------------------------------------------------------ heads
-
-    def fractions(self, y: Tensor) -> Tensor:
-        """Share of each gene in the counts of a sample, from decoded values (negative binomial head)."""
-        return torch.softmax(self.log_fraction + y * self.scale, dim=1)
+    def fractions(self, raw: Tensor) -> Tensor:
+        """Share of each gene in the counts of a sample (negative binomial head)."""
+        return torch.softmax(self.log_fraction + raw * self.scale, dim=1)
 
     def loss(
         self, y: Tensor, observed: Tensor, *, counts: Tensor | None = None, masked_weight: float = 1.0
@@ -168,17 +174,19 @@ class CellStateModule(nn.Module):
         masked_weight
             Weight of the masked genes; the observed ones weigh 1.
         """
-        decoded = self(y, observed)
+        raw = self.decode_raw(self.encode(y, observed)).float()
         weight = observed + masked_weight * (1.0 - observed)
+        decoded = raw
         if self.head == "nb":
             if counts is None:
                 raise ValueError("The negative binomial head needs counts.")
-            mean = self.fractions(decoded) * counts.sum(dim=1, keepdim=True)
-            each = negative_binomial_nll(counts, mean, self.log_theta)
+            fractions = self.fractions(raw)
+            each = negative_binomial_nll(counts, fractions * counts.sum(dim=1, keepdim=True), self.log_theta)
+            decoded = (torch.log1p(self.target_sum * fractions.detach()) - self.mean) / self.scale
         else:
-            each = (decoded.float() - y) ** 2
+            each = (raw - y) ** 2
         loss = (weight * each).sum() / weight.sum()
         with torch.no_grad():
             hidden = 1.0 - observed
-            error = (hidden * (decoded.float() - y) ** 2).sum() / (hidden * y**2).sum().clamp_min(1e-6)
+            error = (hidden * (decoded - y) ** 2).sum() / (hidden * y**2).sum().clamp_min(1e-6)
         return loss, error
