@@ -26,7 +26,9 @@ def test_net_matrix_by_name():
     assert m.nnz == 2
     assert m[1, 0] == 2.0
     assert m[0, 2] == 3.0
-    assert (net_matrix(net, ["A", "B", "C"], symmetric=True) - net_matrix(net, ["A", "B", "C"], symmetric=True).T).nnz == 0
+    assert (
+        net_matrix(net, ["A", "B", "C"], symmetric=True) - net_matrix(net, ["A", "B", "C"], symmetric=True).T
+    ).nnz == 0
 
 
 def test_graph_conv_is_pyg_sgconv():
@@ -65,7 +67,10 @@ def test_edge_attention_is_dense_masked_attention(heads):
 
     torch.testing.assert_close(layer(x), dense(x), atol=1e-5, rtol=1e-5)
     leaves = [x, *layer.parameters()]
-    ours, theirs = torch.autograd.grad((layer(x) ** 3).sum(), leaves), torch.autograd.grad((dense(x) ** 3).sum(), leaves)
+    ours, theirs = (
+        torch.autograd.grad((layer(x) ** 3).sum(), leaves),
+        torch.autograd.grad((dense(x) ** 3).sum(), leaves),
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-6)
     _, weights = layer(x, return_weights=True)
@@ -137,7 +142,9 @@ def test_permuting_genes_permutes_shifts(mask):
 
 def test_unseen_target_feels_its_neighbours():
     graph = sparse.csr_matrix((np.ones(2), ([0, 1], [1, 0])), shape=(3, 3))
-    stream = KnowledgeStream(normalised_adjacency(sparse.csr_matrix((5, 5))), {"g": normalised_adjacency(graph)}, n_hidden=4)
+    stream = KnowledgeStream(
+        normalised_adjacency(sparse.csr_matrix((5, 5))), {"g": normalised_adjacency(graph)}, n_hidden=4
+    )
     before = stream(torch.tensor([[0], [2]]))[0].detach()
     with torch.no_grad():
         stream.target_table[1] += 3.0
@@ -154,9 +161,7 @@ def test_losses_by_numpy():
     for exponent in (2.0, 3.0, 4.0):
         expected = np.mean([(np.abs(x - y) ** exponent)[group == k].mean() for k in range(3)])
         np.testing.assert_allclose(float(autofocus_loss(*t, 3, exponent=exponent)), expected)
-    expected = np.mean(
-        [((np.tanh((x - c) / 0.1) - np.tanh((y - c) / 0.1)) ** 2)[group == k].mean() for k in range(3)]
-    )
+    expected = np.mean([((np.tanh((x - c) / 0.1) - np.tanh((y - c) / 0.1)) ** 2)[group == k].mean() for k in range(3)])
     got = direction_loss(t[0], t[1], torch.as_tensor(c), t[2], 3, temperature=0.1)
     np.testing.assert_allclose(float(got), expected)
 

@@ -19,7 +19,12 @@ def screen():
 
 @pytest.mark.parametrize(
     ("cls", "options"),
-    [(ConditionalVAE, {}), (CPA, {}), (CPA, {"adversary_weight": 1.0}), (CPA, {"adversary_weight": 1.0, "kl_weight": 0.0})],
+    [
+        (ConditionalVAE, {}),
+        (CPA, {}),
+        (CPA, {"adversary_weight": 1.0}),
+        (CPA, {"adversary_weight": 1.0, "kl_weight": 0.0}),
+    ],
 )
 def test_moves_repeats_and_loads(cls, options, screen, tmp_path):
     cls.setup_anndata(screen)
@@ -32,7 +37,7 @@ def test_moves_repeats_and_loads(cls, options, screen, tmp_path):
     model.save(tmp_path / "m")
     np.testing.assert_array_equal(cls.load(tmp_path / "m").predict_perturbation(list(out.obs_names)).X, out.X)
     assert model.get_latent_representation().shape == (400, 4)
-    one, two = [t for t in model.targets_][:2]
+    one, two = model.targets_[:2]
     pair = model.predict_perturbation([f"{two}+{one}"])
     assert pair.obs["status"].iloc[0] in ("combination", "trained")
 

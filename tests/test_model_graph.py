@@ -31,7 +31,9 @@ def nets(screen):
     names = [*names, "NEW1", "NEW2"]
     s, t = rng.integers(len(names), size=60), rng.integers(len(names), size=60)
     go = pd.DataFrame({"source": np.array(names)[s], "target": np.array(names)[t], "weight": 0.5})
-    go = pd.concat([go[go.source != go.target], pd.DataFrame({"source": [names[0]], "target": ["NEW1"], "weight": [0.9]})])
+    go = pd.concat(
+        [go[go.source != go.target], pd.DataFrame({"source": [names[0]], "target": ["NEW1"], "weight": [0.9]})]
+    )
     genes = screen.var_names.to_numpy()
     s, t = rng.integers(len(genes), size=80), rng.integers(len(genes), size=80)
     mask = pd.DataFrame({"source": genes[s], "target": genes[t], "weight": 1.0})
@@ -96,7 +98,9 @@ def test_every_cell_of_a_batch_feels_the_graph(screen, nets):
     after = shifts()
     assert ((before - after).abs().amax(1) > 1e-6).all()
     assert torch.equal(after[0], after[3])
-    assert len(module.generative(codes, torch.ones(5, dtype=torch.bool))["shift"]) == 3  # once per distinct perturbation
+    assert (
+        len(module.generative(codes, torch.ones(5, dtype=torch.bool))["shift"]) == 3
+    )  # once per distinct perturbation
     assert module.inference(x)["base"].shape == (5, screen.n_vars)
 
 
@@ -225,3 +229,28 @@ def test_pathway_net_of_self_pairs_only(screen):
     own = pd.DataFrame({"source": screen.var_names[:3], "target": screen.var_names[:3], "weight": 1.0})
     with pytest.raises(ScpertError, match="mask would be empty"):
         BioDSNN(screen, pathway_net=own)
+
+
+def test_explain_figure(screen, nets):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    model, _ = _trained(BioDSNN, screen, nets, epochs=1)
+    net = model.explain("NEW1")
+    ax = scpert.pl.explain(net, n_genes=5)
+    texts = [t.get_text() for t in ax.texts]
+    assert "NEW1" in texts
+    assert sum("(" in t for t in texts) == 5
+    with pytest.raises(ScpertError, match="kind"):
+        scpert.pl.explain(net.drop(columns="kind"))
+
+
+def test_validation_perturbations_stop_training(screen, nets):
+    adata = screen.copy()
+    labels = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})
+    adata.obs["split"] = np.where(adata.obs["perturbation"].isin(labels[:3]), "val", "train")
+    GEARS.setup_anndata(adata, split_key="split")
+    model = GEARS(adata, perturbation_net=nets[0], **SMALL)
+    model.train(max_epochs=3, accelerator="cpu")
+    assert "reconstruction_loss_validation" in model.history
+    assert 0 <= model.best_epoch_ < 3

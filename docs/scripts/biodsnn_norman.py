@@ -98,13 +98,9 @@ def main() -> None:
     scpert.settings.progress = False
     data, priors = Path(os.environ["SCPERT_TEST_DATA"]), Path(os.environ["SCPERT_TEST_PRIORS"])
     adata = read_h5ad(data / "norman2019_k562_crispra_perturbench.h5ad")
-    adata.obs["perturbation"] = [
-        "+".join(sorted(x.split("+"))) for x in adata.obs["perturbation"].astype(str)
-    ]
+    adata.obs["perturbation"] = ["+".join(sorted(x.split("+"))) for x in adata.obs["perturbation"].astype(str)]
     labels = sorted(set(adata.obs["perturbation"]) - {"control"})
-    go = scpert.resources.gene_ontology(
-        priors / "go_direct_allev_human_2015-07.tsv.gz", exclude_terms=["GO:0005515"]
-    )
+    go = scpert.resources.gene_ontology(priors / "go_direct_allev_human_2015-07.tsv.gz", exclude_terms=["GO:0005515"])
     reactome = scpert.resources.reactome(
         priors / "reactome_gene_sets_human_c2023-02.gmt.gz",
         priors / "reactome_pathway_names_human_c2023-02.tsv.gz",
@@ -162,7 +158,9 @@ def main() -> None:
     result.to_csv(args.out / "table.csv", index=False)
     rng = np.random.default_rng(0)
     reference = result[result["model"] == "PerturbedMean"].set_index(["seed", "perturbation"])
-    print(f"# {len(labels)} perturbations, {args.folds} folds, seeds {args.seeds}; mean [95 % limits] over perturbations")
+    print(
+        f"# {len(labels)} perturbations, {args.folds} folds, seeds {args.seeds}; mean [95 % limits] over perturbations"
+    )
     for metric in METRICS:
         print(f"\n## {metric}")
         for which in ("all", *sorted(result["stratum"].unique())):

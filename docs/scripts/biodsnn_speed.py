@@ -111,7 +111,12 @@ def screen(n_genes: int, n_perts: int, n_edges: int, cells_per_perturbation: int
 
     half = net(genes, n_edges // 2)
     mask = pd.concat([half, half.rename(columns={"source": "target", "target": "source"})])
-    return adata, net(genes, 20 * n_genes), net(genes[:n_perts], 20 * n_perts), mask.drop_duplicates(["source", "target"])
+    return (
+        adata,
+        net(genes, 20 * n_genes),
+        net(genes[:n_perts], 20 * n_perts),
+        mask.drop_duplicates(["source", "target"]),
+    )
 
 
 def ours(name: str, n_genes: int, n_perts: int, n_edges: int, cells: int, batches: int | None, batch_size: int) -> dict:
@@ -200,9 +205,20 @@ def main() -> None:
     if args.curve:
         print("processor seconds of an epoch, 1,000 genes, BioDSNN, 12,000 mask edges")
         for n_perts, cells in ((50, 100), (100, 100), (200, 100), (100, 50), (100, 200), (100, 400)):
-            task = {"name": "BioDSNN", "n_genes": 1000, "n_perts": n_perts, "n_edges": 12_000, "cells": cells, "batches": None, "batch_size": 256}
+            task = {
+                "name": "BioDSNN",
+                "n_genes": 1000,
+                "n_perts": n_perts,
+                "n_edges": 12_000,
+                "cells": cells,
+                "batches": None,
+                "batch_size": 256,
+            }
             r = _call(sys.executable, {"ours": task})
-            print(f"{n_perts:>5} perturbations x {cells:>4} cells = {n_perts * cells:>6} cells: {r['cpu_s']:.2f} s", flush=True)
+            print(
+                f"{n_perts:>5} perturbations x {cells:>4} cells = {n_perts * cells:>6} cells: {r['cpu_s']:.2f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

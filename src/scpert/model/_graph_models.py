@@ -50,7 +50,7 @@ class _GraphModel(PerturbationModel):
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
     _group_labels = 2
     _max_epochs = 20
-    _monitor = "validation_loss"
+    _monitor = "reconstruction_loss_validation"
 
     def _setup(
         self,
@@ -95,7 +95,9 @@ class _GraphModel(PerturbationModel):
         if pathway_net is not None:
             pathway_net = check_net(pathway_net, "pathway_net", known=self.genes_)
             if len(pathway_net) == 0:
-                raise ScpertError("pathway_net has no pair of two different genes of the data: the mask would be empty.")
+                raise ScpertError(
+                    "pathway_net has no pair of two different genes of the data: the mask would be empty."
+                )
         self._nets = nets
         self._in_graph = frozenset(g for net in nets.values() for g in (*net[K.SOURCE], *net[K.TARGET]))
         self._nodes: list[str] = sorted(self._in_graph | set(self.targets_))
@@ -126,7 +128,9 @@ class _GraphModel(PerturbationModel):
         """Pairs of genes that may attend to each other, symmetric ``(gene, gene)``."""
         if not use_mask:
             if self.n_genes > _MANY_GENES:
-                logger.warning("use_mask=False: attention between all %d x %d genes is slow", self.n_genes, self.n_genes)
+                logger.warning(
+                    "use_mask=False: attention between all %d x %d genes is slow", self.n_genes, self.n_genes
+                )
             return sparse.csr_matrix(np.ones((self.n_genes, self.n_genes), dtype=np.int8))
         correlated = (net_matrix(gene_net, self.genes_, symmetric=False) != 0).astype(np.int8)
         correlated = correlated.maximum(correlated.T)
@@ -375,7 +379,7 @@ class _GraphModel(PerturbationModel):
         return pd.DataFrame(table.cpu().numpy(), index=pd.Index(self.targets_, name="target"))
 
     def explain(self, perturbation: str, *, top_genes: int = 20, top_edges: int = 200) -> pd.DataFrame:
-        """The part of the graphs that carries a prediction, as a net.
+        r"""The part of the graphs that carries a prediction, as a net.
 
         Parameters
         ----------
@@ -391,7 +395,7 @@ class _GraphModel(PerturbationModel):
         Net ``source``, ``target``, ``weight`` with the column ``kind``:
 
         - ``evidence``: source is a measured perturbation, target the one asked for; weight its share in the predicted
-          shift, :math:`\\langle k_q, \\hat\\delta \\rangle / |\\hat\\delta|^2`, where :math:`k_q` is what perturbation
+          shift, :math:`\langle k_q, \hat\delta \rangle / |\hat\delta|^2`, where :math:`k_q` is what perturbation
           :math:`q` contributes. The shares of all measured perturbations add to 1.
         - the name of a graph of perturbations: source is a neighbour of a target; weight that of the normalised
           adjacency.
@@ -417,7 +421,9 @@ class _GraphModel(PerturbationModel):
         nodes = [self._node[t] for t in targets if t in self._node]
         if len(nodes) == len(targets) and self._anchored:
             share = self._prior.shares([nodes])[0]
-            rows += [(str(q), label, float(w), "evidence") for q, w in zip(self.effects_.labels, share, strict=True) if w]
+            rows += [
+                (str(q), label, float(w), "evidence") for q, w in zip(self.effects_.labels, share, strict=True) if w
+            ]
         for name, adjacency in self._target_adjacencies.items():
             for i in nodes:
                 a, b = adjacency.indptr[i], adjacency.indptr[i + 1]
@@ -663,7 +669,9 @@ class BioDSNN(_GraphModel):
         )
         _check_weights(autofocus=autofocus, direction_weight=direction_weight, kl_weight=kl_weight)
         if n_hidden % n_heads:
-            raise ScpertError(f"n_hidden={n_hidden} cannot be shared by n_heads={n_heads}: choose a divisor of n_hidden.")
+            raise ScpertError(
+                f"n_hidden={n_hidden} cannot be shared by n_heads={n_heads}: choose a divisor of n_hidden."
+            )
         check_choice("cell_output", cell_output, ("softplus", "linear"))
         gene_net, perturbation_net, pathway_net = self._setup(
             gene_net=gene_net,
@@ -692,7 +700,9 @@ class BioDSNN(_GraphModel):
         )
         cell = None
         if o["use_vae"] and self.scale_ != K.SCALE_EFFECTS:
-            cell = CellStream(self.n_genes, n_latent=o["n_latent"], hidden=tuple(o["cell_hidden"]), output=o["cell_output"])
+            cell = CellStream(
+                self.n_genes, n_latent=o["n_latent"], hidden=tuple(o["cell_hidden"]), output=o["cell_output"]
+            )
         return GraphModule(
             knowledge,
             cell,
@@ -709,7 +719,9 @@ class BioDSNN(_GraphModel):
         """Mean of the VAE's latent for each cell, float32 ``(cell, latent)``."""
         self._check_trained()
         if self.module.cell is None:
-            raise ScpertError("This BioDSNN has no VAE (use_vae=False, or a table of effects): there is no latent space.")
+            raise ScpertError(
+                "This BioDSNN has no VAE (use_vae=False, or a table of effects): there is no latent space."
+            )
         screen = self._screen if adata is None else self._make_screen(self._align(adata))
         out = []
         with torch.inference_mode():

@@ -18,12 +18,12 @@ class _Reverse(torch.autograd.Function):
     """Identity on the way there, minus ``weight`` times the gradient on the way back (Ganin & Lempitsky 2015)."""
 
     @staticmethod
-    def forward(ctx, x, weight):  # noqa: D102
+    def forward(ctx, x, weight):
         ctx.weight = weight
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         return -ctx.weight * grad, None
 
 
@@ -122,7 +122,9 @@ class ConditionalModule(BaseModuleClass):
             "condition": self.condition(tensors["codes"], tensors["covariates"]),
         }
 
-    def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict[str, Tensor], **kwargs: Any) -> dict:
+    def _get_generative_input(
+        self, tensors: dict[str, Tensor], inference_outputs: dict[str, Tensor], **kwargs: Any
+    ) -> dict:
         return {"z": inference_outputs["z"], "condition": inference_outputs["condition"]}
 
     @auto_move_data
@@ -162,6 +164,4 @@ class ConditionalModule(BaseModuleClass):
             adversary = nn.functional.binary_cross_entropy_with_logits(self.adversary(seen), wanted)
             loss = loss + len(self.read.bias) * adversary
             extra["adversary"] = adversary.detach()
-        return LossOutput(
-            loss=loss, reconstruction_loss=nll, kl_local=kl, extra_metrics=extra, n_obs_minibatch=len(x)
-        )
+        return LossOutput(loss=loss, reconstruction_loss=nll, kl_local=kl, extra_metrics=extra, n_obs_minibatch=len(x))

@@ -387,7 +387,9 @@ class GraphModule(BaseModuleClass):
             return {"control": None}
         return {"control": self.log1p(tensors["control_x"], tensors["control_library"])}
 
-    def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], **kwargs: Any) -> dict:
+    def _get_generative_input(
+        self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], **kwargs: Any
+    ) -> dict:
         # cells of controls, and of perturbations held out by the model, have no part in the knowledge stream
         learn = tensors["label"] >= 0
         if self.training:

@@ -61,7 +61,9 @@ class GraphPrior:
 
     # -------------------------------------------------------------------------------------- fit
 
-    def fit(self, sets: Sequence[Sequence[int]], delta: np.ndarray, noise: np.ndarray, random_state: int = 0) -> GraphPrior:
+    def fit(
+        self, sets: Sequence[Sequence[int]], delta: np.ndarray, noise: np.ndarray, random_state: int = 0
+    ) -> GraphPrior:
         """Choose the strengths and solve.
 
         Parameters

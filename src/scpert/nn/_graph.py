@@ -110,7 +110,7 @@ class GraphConv(nn.Module):
         self.linear = nn.Linear(n_in, n_out)
 
     def propagate(self, table: Tensor, rows: Tensor | None = None) -> Tensor:
-        """:math:`\\hat A X` at all nodes, or at ``rows`` only: then no other node is computed.
+        r""":math:`\hat A X` at all nodes, or at ``rows`` only: then no other node is computed.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class _EdgeAttentionFunction(torch.autograd.Function):
     """Softmax attention restricted to a sparse pattern; keeps one number per edge and head for the way back."""
 
     @staticmethod
-    def forward(ctx, q, k, v, indptr, indices, t_indptr, t_indices, t_order):  # noqa: D102
+    def forward(ctx, q, k, v, indptr, indices, t_indptr, t_indices, t_order):
         n_batch, n_heads, n_nodes, d = q.shape
         shape = (n_nodes, n_nodes)
         lengths = indptr[1:] - indptr[:-1]
@@ -175,7 +175,7 @@ class _EdgeAttentionFunction(torch.autograd.Function):
         return out, weights
 
     @staticmethod
-    def backward(ctx, grad, _):  # noqa: D102
+    def backward(ctx, grad, _):
         q, k, v, weights, indptr, indices, t_indptr, t_indices, t_order, receiver = ctx.saved_tensors
         n_batch, n_heads, n_nodes, d = q.shape
         shape = (n_nodes, n_nodes)
