@@ -28,7 +28,7 @@ def test_held_out_goal_is_reached_by_its_own_perturbation(screen):
         assert table["remaining"].is_monotonic_increasing
         own = table.iloc[0]
         assert own["lower"] < 1 < own["upper"] or abs(own["progress"] - 1) < 0.25
-        assert own["pvals_adj"] < 0.01
+        assert own["pvals_adj"] < 0.05
 
 
 def test_formulas_by_hand(screen):

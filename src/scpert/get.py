@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -100,7 +100,7 @@ def effects_df(effects: AnnData) -> pd.DataFrame:
         raise MissingKeyError("effects.X is empty: pass what scpert.tl.perturbation_effects returned.")
     labels = effects.obs[K.PERTURBATION] if K.PERTURBATION in effects.obs else effects.obs_names.to_series()
 
-    def flat(values: object) -> np.ndarray:
+    def flat(values: Any) -> np.ndarray:
         return (values.toarray() if sparse.issparse(values) else np.asarray(values)).ravel()
 
     table = {

@@ -144,7 +144,7 @@ def perturbation_effects(
         )
     if screen.scale == K.SCALE_EFFECTS:
         shift, error, n, control_mean = effects_of_table(screen, perturbations)
-        freedom = np.inf
+        freedom: np.ndarray | float = np.inf
     else:
         shift, error, freedom, n, control_mean = effects_of_cells(screen, perturbations, covariate_keys)
 

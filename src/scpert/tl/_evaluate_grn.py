@@ -148,7 +148,7 @@ def evaluate_grn(
             f"adata.uns[{key!r}] does not say which cells the network comes from. Call scpert.tl.infer_grn."
         )
     check_fraction("fdr", fdr)
-    sizes = sorted({int(check_positive("k", value)) for value in ([k] if np.isscalar(k) else k)})
+    sizes = sorted({int(check_positive("k", int(value))) for value in np.atleast_1d(np.asarray(k))})
     parameters = notes["parameters"]
     arguments = {
         "perturbation_key": perturbation_key or str(parameters["perturbation_key"]),
@@ -337,7 +337,10 @@ def _judge_reference(
             f"reference has no edge from a regulator of the network ({listing(sorted(tested), 4)}) to a gene of adata: "
             f"its sources are {listing(reference[K.SOURCE].unique(), 4)}. Give a net of the same organism and names."
         )
-    row, column = pd.Index(regulators).get_indexer(truth[K.SOURCE]), genes.get_indexer(truth[K.TARGET])
+    row, column = (
+        pd.Index(regulators).get_indexer(pd.Index(truth[K.SOURCE])),
+        genes.get_indexer(pd.Index(truth[K.TARGET])),
+    )
     positive = np.zeros((len(regulators), len(genes)), dtype=bool)
     positive[row, column] = True
     sign = np.zeros(positive.shape)
@@ -380,14 +383,15 @@ def _baselines(
         correlated = infer_grn(
             train, method="correlation", regulators=measured, threshold=0, copy=True, **{**arguments, "scale": scale}
         )
+        assert correlated is not None  # copy=True
         out["correlation"] = grn_df(correlated)
     return out
 
 
 def _score(net: pd.DataFrame, judge: Judge) -> np.ndarray:
     score = np.zeros(judge.candidate.shape)
-    row = pd.Index(judge.regulators).get_indexer(net[K.SOURCE].astype(str))
-    column = judge.genes.get_indexer(net[K.TARGET].astype(str))
+    row = pd.Index(judge.regulators).get_indexer(pd.Index(net[K.SOURCE].astype(str)))
+    column = judge.genes.get_indexer(pd.Index(net[K.TARGET].astype(str)))
     inside = (row >= 0) & (column >= 0)
     score[row[inside], column[inside]] = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
     score[~judge.candidate] = 0.0
@@ -485,7 +489,7 @@ def _random_row(judge: Judge, size: int, n: int, rng: np.random.Generator) -> di
     for _ in range(_RANDOM_DRAWS):
         rows, columns = np.unravel_index(rng.choice(pairs, min(n, len(pairs)), replace=False), judge.candidate.shape)
         draws.append(_at(judge, rows, columns))
-    mean = pd.DataFrame(draws).mean().to_dict()
+    mean: dict[str, Any] = {str(name): value for name, value in pd.DataFrame(draws).mean().items()}
     for name in ("n_edges", "n_candidates", "n_positives"):
         mean[name] = int(mean[name])
     base = judge.positive.sum() / max(len(pairs), 1)
@@ -561,8 +565,9 @@ def grn_stability(
     nets = []
     for run in progress(range(n), total=n, description="stability", unit="network"):
         if by == "bootstrap":
-            groups = adata.obs.groupby(label_key, observed=True, sort=True).indices
-            index = np.concatenate([rng.choice(rows, len(rows)) for _, rows in sorted(groups.items())])
+            labels = adata.obs[label_key].astype(str).to_numpy()
+            groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+            index = np.concatenate([rng.choice(rows, len(rows)) for rows in groups])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Observation names are not unique")
                 sample = adata[index].copy()

@@ -49,6 +49,11 @@ class Problem:
     random_state: int
     options: dict[str, Any]
 
+    @property
+    def position(self) -> np.ndarray:
+        """Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``."""
+        return self.genes.get_indexer(pd.Index(self.regulators))
+
 
 @dataclass
 class Scores:
@@ -195,6 +200,8 @@ def infer_grn(
     }
     if model is not None:
         net, used, found_scale = _net_of_model(model, adata), np.ones(adata.n_obs, dtype=bool), "model"
+        if type(model).__name__ == "GPOVAE" and perturbation_key in adata.obs:
+            net = _by_activity(net, adata, perturbation_key, control, layer, scale, library_size_key)
         method = f"model {type(model).__name__}"
         if split_key is not None:
             used = _training_cells(adata, split_key)
@@ -309,7 +316,11 @@ def _problem(
     options: dict[str, Any],
 ) -> Problem:
     view = adata if cells.all() else adata[cells]
-    arguments = {"perturbation_key": perturbation_key, "layer": layer, "library_size_key": library_size_key}
+    arguments: dict[str, Any] = {
+        "perturbation_key": perturbation_key,
+        "layer": layer,
+        "library_size_key": library_size_key,
+    }
     screen = Screen(view, control=control, scale=scale, allowed=K.SCALES, **arguments)
     samples = []
     if observed.any():
@@ -367,7 +378,10 @@ def _problem(
     if prior is not None:
         net = check_net(prior, "prior", known=measured | set(names))
         check_positive("prior_strength", prior_strength, zero=True)
-        row, column = pd.Index(names).get_indexer(net[K.SOURCE]), screen.genes.get_indexer(net[K.TARGET])
+        row, column = (
+            pd.Index(names).get_indexer(pd.Index(net[K.SOURCE])),
+            screen.genes.get_indexer(pd.Index(net[K.TARGET])),
+        )
         inside = (row >= 0) & (column >= 0)
         if not inside.any():
             raise ScpertError(
@@ -440,6 +454,22 @@ def _net_of_model(model: Any, adata: AnnData) -> pd.DataFrame:
     return net
 
 
+def _by_activity(net: pd.DataFrame, adata: AnnData, key: str, control: str, layer: Any, scale: str, size: Any) -> Any:
+    """GPOVAE's weights are log fold changes under the perturbation: turned into signs of the regulator's activity."""
+    from ._effects import perturbation_effects
+    from ._grn_methods import perturbation_sign
+
+    effects = perturbation_effects(
+        adata, perturbation_key=key, control=control, layer=layer, scale=scale, library_size_key=size
+    )
+    sources = list(dict.fromkeys(net[K.SOURCE].astype(str)))
+    known = [s for s in sources if s in effects.obs_names]
+    shift = np.asarray(effects[known].X)
+    sign = dict(zip(known, perturbation_sign(shift, adata.var_names.get_indexer(pd.Index(known))), strict=True))
+    turn = np.array([sign.get(s, -1.0) for s in net[K.SOURCE].astype(str)])
+    return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * turn})
+
+
 def _net_to_arrays(net: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (
         net[K.SOURCE].astype(str).to_numpy(dtype=object),
@@ -481,7 +511,7 @@ def _edges(
     problem: Problem, scores: Scores, n_edges: int | None, threshold: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     weight = scores.weight
-    position = problem.genes.get_indexer(pd.Index(problem.regulators))
+    position = problem.position
     measured = np.flatnonzero(position >= 0)
     valid = np.isfinite(weight) & (weight != 0)
     valid[measured, position[measured]] = False  # no self loops: the target's own knock-down is no edge

@@ -125,8 +125,8 @@ def direct_effects(
     free = used.copy()
     free[~alive] = 0.0
 
-    bound = np.float32(np.linalg.norm(design, 2) ** 2) if n_regulators else np.float32(1.0)
-    shrink = (np.asarray(penalty, dtype=np.float32) / max(bound, 1e-12)).astype(np.float32)
+    bound = np.float32(max(float(np.linalg.norm(design, 2)) ** 2, 1e-12))
+    shrink = (np.asarray(penalty, dtype=np.float32) / bound).astype(np.float32)
     solution = np.zeros((n_regulators, n_genes), dtype=np.float32)
     ahead, momentum = solution, 1.0
     for _ in progress(range(n_iter), total=n_iter, description="sparse inverse", unit="step"):
@@ -148,7 +148,7 @@ def sparse_inverse(problem: Problem) -> Scores:
         problem, "sparse_inverse", penalty=3.0, cut=3.0, path_scale=2.0, floor=1.0, composition=True
     )
     found = total_effects(problem, composition=options["composition"])
-    position = problem.genes.get_indexer(problem.regulators)
+    position = problem.position
     with np.errstate(divide="ignore", invalid="ignore"):
         evidence = np.nan_to_num(np.where(found.noise > 0, found.shift / found.noise, 0.0))
     signed = found.sign[:, None] * evidence

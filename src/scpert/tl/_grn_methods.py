@@ -65,7 +65,7 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
         shift, error, freedom, _, _ = effects_of_cells(
             screen, with_controls, problem.covariate_keys or None, cautious=True
         )
-        rows = pd.Index(with_controls).get_indexer(problem.regulators)
+        rows = pd.Index(with_controls).get_indexer(pd.Index(problem.regulators))
         shift, error, freedom = shift[rows], error[rows], freedom[rows]
         offset = np.zeros(len(shift))
         if composition:
@@ -78,7 +78,7 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
             zscore,
             pvals,
             error,
-            perturbation_sign(shift, problem.genes.get_indexer(problem.regulators)),
+            perturbation_sign(shift, problem.position),
             offset,
         )
     shift, error, noise = _table_effects(problem)
@@ -90,7 +90,7 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
         zscore,
         pvals,
         noise,
-        perturbation_sign(shift, problem.genes.get_indexer(problem.regulators)),
+        perturbation_sign(shift, problem.position),
         np.zeros(len(shift)),
     )
 
@@ -119,10 +119,10 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
             "There are fewer than two control cells: the reference of each gene is its median over all rows, "
             "and its spread over the perturbations is the error."
         )
-    single = pd.Index(problem.regulators).get_indexer(screen.labels)
+    single = pd.Index(problem.regulators).get_indexer(pd.Index(screen.labels))
     rows = np.flatnonzero(~screen.is_control)
     values = screen.rows(rows).toarray().astype(np.float64)
-    position = problem.genes.get_indexer(problem.regulators)
+    position = problem.position
     label = single[rows]
     measured = (label >= 0) & (position[label] >= 0)
     typical = measured if len(np.unique(label[measured])) >= 3 else np.ones(len(rows), dtype=bool)
@@ -177,7 +177,7 @@ def interventional(problem: Problem) -> Scores:
     found = total_effects(problem, composition=options["composition"])
     if problem.statistic == "rank":
         found = rank_effects(problem, found)
-    position = problem.genes.get_indexer(problem.regulators)
+    position = problem.position
     own = np.flatnonzero(position >= 0)
     tested = found.pvals.copy()
     tested[own, position[own]] = np.nan
@@ -209,7 +209,7 @@ def _grams(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
 
     Returns regulators x regulators, regulators x genes, gene sums of squares, and the residual number of cells.
     """
-    index = problem.genes.get_indexer(problem.regulators)
+    index = problem.position
     n_genes, n_strata = len(problem.genes), 1
     within = np.zeros((len(index), len(index)))
     across = np.zeros((len(index), n_genes))
@@ -269,13 +269,13 @@ def ridge(problem: Problem) -> Scores:
     value = np.maximum(value, 0.0)
     projected = vector.T @ cross
     if alpha is None:
-        own = np.isin(np.arange(len(problem.genes)), problem.genes.get_indexer(problem.regulators))
+        own = np.isin(np.arange(len(problem.genes)), problem.position)
         use = (of_gene > 0) & (~own if (~own).any() else True)
         alpha = _generalised_cross_validation(value, projected[:, use], n)
         logger.info("ridge: alpha = %.3g by generalised cross-validation.", alpha)
     inverse = (vector / (value + alpha)) @ vector.T
     coefficient = inverse @ cross
-    for row, gene in enumerate(problem.genes.get_indexer(problem.regulators)):
+    for row, gene in enumerate(problem.position):
         # the regression of a regulator on the others: by the inverse of the partitioned matrix
         coefficient[:, gene] = -inverse[:, row] / inverse[row, row]
         coefficient[row, gene] = 0.0
@@ -335,7 +335,7 @@ def boosting(problem: Problem) -> Scores:
     )
     rng = np.random.default_rng(problem.random_state)
     samples = sparse.vstack([_rows_of(problem, options.pop("max_cells"), rng)], format="csc")
-    index = problem.genes.get_indexer(problem.regulators)
+    index = problem.position
     inputs = np.asfortranarray(samples[:, index].toarray(), dtype=np.float32)
     seeds = rng.integers(0, 2**31 - 1, size=len(problem.genes))
     jobs = Parallel(n_jobs=problem.n_jobs or 1, return_as="generator")(
@@ -438,7 +438,7 @@ def gpovae(problem: Problem) -> Scores:
     )
     trained = GPOVAE(data, **options)
     trained.train(max_epochs)
-    net = trained.get_grn()
+    net = trained.get_grn(threshold=0.0)
     row = {name: i for i, name in enumerate(problem.regulators)}
     weight = np.zeros((len(row), len(problem.genes)))
     extra = {
@@ -447,12 +447,15 @@ def gpovae(problem: Problem) -> Scores:
         if c not in K.NET and np.issubdtype(np.asarray(net[c]).dtype, np.number)
     }
     source = np.array([row.get(str(s), -1) for s in net[K.SOURCE]], dtype=np.int64)
-    target = problem.genes.get_indexer(net[K.TARGET].astype(str))
+    target = problem.genes.get_indexer(pd.Index(net[K.TARGET].astype(str)))
     inside = (source >= 0) & (target >= 0)
     weight[source[inside], target[inside]] = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
     for name, values in extra.items():
         values[source[inside], target[inside]] = net[name].to_numpy(dtype=np.float64)[inside]
-    return Scores(_apply_prior(weight, problem.prior), None, extra)
+    # the model's weights are log fold changes under the perturbation: turned into signs of the regulator's activity
+    found = total_effects(problem, composition=False)
+    keep = extra["probability"] > 0.5 if "probability" in extra else None
+    return Scores(found.sign[:, None] * _apply_prior(weight, problem.prior), keep, extra)
 
 
 # ---------------------------------------------------------------------------------------------- ranks

@@ -110,7 +110,7 @@ def rank_perturbations(
     if model is None and hasattr(adata, "predict_perturbation"):
         model, adata = adata, adata.adata
     check_positive("n_doubles", n_doubles)
-    arguments = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    arguments: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
     screen = Screen(
         adata,
         perturbation_key=perturbation_key,
@@ -121,8 +121,10 @@ def rank_perturbations(
     )
     wanted, wanted_error = _direction(screen, goal, start, groupby or perturbation_key, perturbation_key)
 
-    source = _Measured(adata, model, screen, perturbation_key, control, arguments) if _is_effects(model) else None
-    if source is None:
+    source: _Measured | _Predicted
+    if model is None or hasattr(model, "var_names"):
+        source = _Measured(adata, model, perturbation_key, control, arguments)
+    else:
         source = _Predicted(model, control, random_state)
     genes = screen.genes.intersection(source.genes, sort=False)
     if not len(genes):
@@ -153,10 +155,6 @@ def rank_perturbations(
     columns = [K.PERTURBATION, "n_targets", "progress", K.STD_ERROR, K.LOWER, K.UPPER, K.PVALS, K.PVALS_ADJ]
     table = table[[*columns, "cosine", "remaining", K.STATUS]]
     return table.sort_values("remaining", kind="stable").reset_index(drop=True)
-
-
-def _is_effects(model: Any) -> bool:
-    return model is None or hasattr(model, "var_names")
 
 
 def _direction(
@@ -224,7 +222,7 @@ class _Measured:
 
     combines = True
 
-    def __init__(self, adata: AnnData, effects: Any, screen: Screen, key: str, control: str, arguments: dict[str, Any]):
+    def __init__(self, adata: AnnData, effects: Any, key: str, control: str, arguments: dict[str, Any]):
         if effects is None:
             effects = perturbation_effects(adata, perturbation_key=key, control=control, **arguments)
         self.control = control
