@@ -118,6 +118,7 @@ def with_truth(adata) -> pd.DataFrame:
 def test_simulated_interactions_are_recovered(screen):
     table = with_truth(screen)
     assert len(table) == 16 and (table["origin"] == "measured").all()
+    assert screen.uns["genetic_interactions"].index.tolist() == table.index.tolist()
     found, true = table[["c1", "c2"]].to_numpy().ravel(), table[["true_c1", "true_c2"]].to_numpy().ravel()
     assert np.corrcoef(found, true)[0, 1] > 0.9
     assert (table["class"] == table["true_class"]).mean() > 0.75
@@ -228,6 +229,7 @@ def test_predicted_combinations(screen):
     table = adata.uns["genetic_interactions"]
     found = table[table["origin"] == "predicted"]
     assert len(found) == 11 and (found["n_cells"] == 0).all()
+    assert found.index.tolist() == [f"{p} (predicted)" for p in truth.index[:11]]
     assert np.allclose(found[["c1", "c2"]], 1, atol=1e-4) and (found["class"] == "additive").all()
     out = evaluate_interactions(adata, k=4)
     assert out.loc["synergy_recovery", "n"] == 11 and out.loc["synergy_recovery", "chance"] == pytest.approx(4 / 11)

@@ -63,7 +63,7 @@ def _subsets(n: int, k: int, most: int, rng: np.random.Generator) -> np.ndarray:
     return drawn
 
 
-def _spatial_median(points: np.ndarray, weights: np.ndarray, tolerance: float = 1e-6, most: int = 500) -> np.ndarray:
+def _spatial_median(points: np.ndarray, weights: np.ndarray, tolerance: float, most: int = 500) -> np.ndarray:
     """Point of the least weighted sum of distances to ``points`` ``(n, k)``: Weiszfeld's iteration."""
     if points.shape[1] == 1:
         order = np.argsort(points[:, 0], kind="stable")
@@ -111,6 +111,7 @@ def theil_sen(
     max_subsets: int = 10_000,
     random_state: int = 0,
     subsets: np.ndarray | None = None,
+    tolerance: float = 1e-6,
 ) -> np.ndarray:
     r"""Theil-Sen regression through the origin: spatial median of exact solutions of small subsets.
 
@@ -134,6 +135,8 @@ def theil_sen(
         Seed of the random subsets.
     subsets
         Rows of each subset ``(subset, column)``, instead of drawing them.
+    tolerance
+        Last step of the iteration to the spatial median, relative to the coefficients above 1.
 
     Returns
     -------
@@ -156,7 +159,7 @@ def theil_sen(
     points, determinant = _solve(X, y, subsets)
     if len(points) == 0:
         return np.full(X.shape[1], np.nan)
-    return _spatial_median(points, determinant if weighted else np.ones(len(points)))
+    return _spatial_median(points, determinant if weighted else np.ones(len(points)), tolerance)
 
 
 # ---------------------------------------------------------------------------------------------- distance correlation
@@ -278,7 +281,7 @@ def distance_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def _measures(X: np.ndarray, y: np.ndarray, subsets: np.ndarray, weighted: bool, full: bool) -> dict[str, float]:
     """All measures of one combination: ``X`` the singles' shifts ``(gene, k)``, ``y`` the combination's."""
     k = X.shape[1]
-    c = theil_sen(X, y, weighted=weighted, subsets=subsets)
+    c = theil_sen(X, y, weighted=weighted, subsets=subsets, tolerance=1e-6 if full else 1e-4)
     out = {f"c{i + 1}": float(c[i]) for i in range(k)}
     out["magnitude"] = float(np.linalg.norm(c))
     out["model_fit"] = distance_correlation(X @ c, y) if np.isfinite(c).all() else np.nan
@@ -452,7 +455,8 @@ def genetic_interactions(
 
     Returns
     -------
-    ``None``; writes ``adata.uns[key_added]``, a DataFrame with one row per combination and origin:
+    ``None``; writes ``adata.uns[key_added]``, a DataFrame with one row per combination and origin (index: the label;
+    of predictions with `` (predicted)`` behind):
 
     ``perturbation``, ``origin`` (``measured``, ``predicted``), ``n_targets``, ``n_cells``, ``n_genes`` (used)
         What was analysed.
@@ -558,7 +562,7 @@ def genetic_interactions(
     table = table.reindex(columns=ids[:5] + measures + ids[5:] + bounds)
     numbers = table.columns.difference(["perturbation", "origin", "class"], sort=False)
     table[numbers] = table[numbers].astype({c: np.int64 if c.startswith("n_") else np.float64 for c in numbers})
-    table.index = table.index.astype(str)
+    table.index = pd.Index([p if o == "measured" else f"{p} (predicted)" for o, p in jobs], dtype=str)
     out = adata.copy() if copy else adata
     out.uns[key_added] = table
     return out if copy else None
