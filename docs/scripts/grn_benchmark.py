@@ -1,0 +1,119 @@
+"""Simulated screens: AUPRC of direct edges and of total effects, and the false discovery rate, for every method.
+
+``python grn_benchmark.py [--seeds 5] [--boosting] [--gpovae]``. Prints the tables of ``docs/grn/index.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import average_precision_score
+
+import scpert
+
+SETTINGS = {
+    f"{n} regulators, {name}, penetrance {p}, {cells} cells": {
+        "n_targets": n,
+        "n_genes": max(100, 2 * n),
+        "strength": strength,
+        "penetrance": p,
+        "cells_per_perturbation": cells,
+        "cycles": True,
+    }
+    for n in (20, 100)
+    for name, strength in (("weak", 0.25), ("strong", 0.6))
+    for p in (0.5, 1.0)
+    for cells in (30, 300)
+}
+METHODS = {
+    "interventional": {"threshold": 0},
+    "rank statistics": {"threshold": 0, "statistic": "rank"},
+    "sparse_inverse": {"method": "sparse_inverse", "threshold": 0},
+    "ridge": {"method": "ridge", "threshold": 0},
+    "correlation": {"method": "correlation", "threshold": 0},
+}
+
+
+def truth(adata, which: str, regulators: list[str]) -> np.ndarray:
+    table = adata.uns["truth"][which]
+    row, column = pd.Index(regulators).get_indexer(table["source"]), adata.var_names.get_indexer(table["target"])
+    out = np.zeros((len(regulators), adata.n_vars), dtype=bool)
+    out[row[row >= 0], column[row >= 0]] = table["weight"].to_numpy()[row >= 0] != 0
+    return out
+
+
+def one(setting: dict, seed: int, methods: dict) -> list[dict]:
+    adata = scpert.datasets.simulated(n_combinations=0, random_state=seed, **setting)
+    regulators = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})
+    own = adata.var_names.get_indexer(regulators)
+    off = np.ones((len(regulators), adata.n_vars), dtype=bool)
+    off[np.arange(len(own)), own] = False
+    direct, total = truth(adata, "net", regulators), truth(adata, "effects", regulators)
+    effects = scpert.tl.perturbation_effects(adata)
+    scores = {"effect size": np.abs(effects.X), "Welch z": np.abs(np.nan_to_num(effects.layers["zscore"]))}
+    seconds, rate = {}, {}
+    for name, options in methods.items():
+        start = time.perf_counter()
+        scpert.tl.infer_grn(adata, **options)
+        seconds[name] = time.perf_counter() - start
+        scores[name] = np.abs(adata.varp["grn"][own].toarray())
+        if name in ("interventional", "rank statistics"):
+            scpert.tl.infer_grn(adata, statistic=options.get("statistic", "welch"))
+            edges = adata.varp["grn"][own].toarray() != 0
+            rate[name] = (int((edges & ~total & off).sum()), int(edges.sum()))
+    rows = []
+    for name, score in scores.items():
+        rows.append(
+            {
+                "method": name,
+                "direct": average_precision_score(direct[off], score[off]),
+                "total": average_precision_score(total[off], score[off]),
+                "seconds": seconds.get(name, np.nan),
+                "false": rate.get(name, (np.nan, np.nan))[0],
+                "found": rate.get(name, (np.nan, np.nan))[1],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--boosting", action="store_true")
+    parser.add_argument("--gpovae", action="store_true")
+    arguments = parser.parse_args()
+    scpert.settings.progress = False
+    methods = dict(METHODS)
+    if arguments.boosting:
+        methods["boosting"] = {"method": "boosting", "threshold": 0, "max_cells": 2000}
+    if arguments.gpovae:
+        methods["gpovae"] = {"method": "gpovae", "threshold": 0}
+    rows = [
+        {"setting": name, "seed": seed, **row}
+        for name, setting in SETTINGS.items()
+        for seed in range(arguments.seeds)
+        for row in one(setting, seed, methods)
+    ]
+    table = pd.DataFrame(rows)
+    order = list(dict.fromkeys(table["method"]))
+    for measure in ("direct", "total"):
+        wide = table.pivot_table(index="setting", columns="method", values=measure, sort=False)[order]
+        print(f"\nAUPRC, {measure}\n{wide.round(3).to_string()}\nmean\n{wide.mean().round(3).to_string()}")
+    direct = table.pivot_table(index=["setting", "seed"], columns="method", values="direct", sort=False)
+    rng = np.random.default_rng(0)
+    print("\ngain of direct AUPRC over the effect size (95 % by bootstrap over screens)")
+    for name in order[2:]:
+        gain = (direct[name] - direct["effect size"]).to_numpy()
+        means = [rng.choice(gain, len(gain)).mean() for _ in range(2000)]
+        print(f"  {name:16s} {gain.mean():+.3f} [{np.quantile(means, 0.025):+.3f}, {np.quantile(means, 0.975):+.3f}]")
+    rate = table.groupby(["method", "setting"], sort=False)[["false", "found"]].sum()
+    rate = rate[rate["found"] > 0]
+    rate["fdr"] = rate["false"] / rate["found"]
+    print("\nfalse discovery rate at nominal 0.05, pooled over seeds\n", rate.round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
