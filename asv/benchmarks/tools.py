@@ -1,0 +1,76 @@
+"""Effects, network inference and training on simulated screens of growing size."""
+
+from __future__ import annotations
+
+import os
+import time
+
+os.environ.setdefault("SCPERT_PROGRESS", "0")
+
+import scpert
+
+SIZES = {
+    "small": {"n_cells": 2_000, "n_genes": 200, "n_targets": 20},
+    "medium": {"n_cells": 20_000, "n_genes": 1_000, "n_targets": 100},
+    "large": {"n_cells": 100_000, "n_genes": 2_000, "n_targets": 200},
+}
+
+
+def _screen(size: str):
+    return scpert.datasets.simulated(**SIZES[size], n_combinations=0, random_state=0)
+
+
+class Effects:
+    """``tl.perturbation_effects``: one pass over the cells."""
+
+    params = list(SIZES)
+    param_names = ["size"]
+    timeout = 900
+
+    def setup(self, size: str) -> None:
+        self.adata = _screen(size)
+        scpert.tl.perturbation_effects  # noqa: B018 - the import is not to be timed
+
+    def time_effects(self, size: str) -> None:
+        scpert.tl.perturbation_effects(self.adata)
+
+    def peakmem_effects(self, size: str) -> None:
+        scpert.tl.perturbation_effects(self.adata)
+
+
+class Networks:
+    """``tl.infer_grn`` by method."""
+
+    params = [["interventional", "correlation", "ridge", "sparse_inverse"], ["small", "medium"]]
+    param_names = ["method", "size"]
+    timeout = 900
+
+    def setup(self, method: str, size: str) -> None:
+        self.adata = _screen(size)
+        scpert.tl.infer_grn  # noqa: B018
+
+    def time_infer_grn(self, method: str, size: str) -> None:
+        scpert.tl.infer_grn(self.adata, method=method)
+
+
+class Training:
+    """Cells a second in training, after one epoch to warm up."""
+
+    params = ["SAMSVAE", "GPOVAE"]
+    param_names = ["model"]
+    timeout = 900
+    n_epochs = 3
+
+    def setup(self, model: str) -> None:
+        self.adata = _screen("small")
+        self.cls = getattr(scpert.model, model)
+        self.cls.setup_anndata(self.adata)
+        self.cls(self.adata).train(max_epochs=1)
+
+    def track_throughput(self, model: str) -> float:
+        trained = self.cls(self.adata)
+        start = time.perf_counter()
+        trained.train(max_epochs=self.n_epochs)
+        return self.adata.n_obs * self.n_epochs / (time.perf_counter() - start)
+
+    track_throughput.unit = "cells/s"
