@@ -6,8 +6,8 @@ Needs cell-eval (``pip install scpert[eval]``)::
 
 Each screen has counts in X and labels in ``obs["perturbation"]``; ``obs["library_size"]`` (or ``n_counts``) is used where
 it is there. Three predictions per screen: no change (control cells drawn again), the mean response (control cells moved
-by the average shift), and the truth with noise. Every tool runs in a process of its own, twice; the second, warm run is
-timed, the peak memory is that of the process above what it held with the data loaded.
+by the average shift), and the truth with noise. Every tool runs in a process of its own, three times; the better of the two
+warm runs counts, the peak memory is that of the process above what it held with the data loaded.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def run(tool: str, real: str, predicted: str, out: str) -> None:
         from scpert import metrics, settings
 
         settings.progress = False
-    pairs = [(ad.read_h5ad(predicted), ad.read_h5ad(real)) for _ in range(2)]
+    pairs = [(ad.read_h5ad(predicted), ad.read_h5ad(real)) for _ in range(3)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for pred, truth in pairs:
         start = time.perf_counter()
@@ -107,7 +107,7 @@ def run(tool: str, real: str, predicted: str, out: str) -> None:
     assert table is not None
     table.attrs = {}
     table.to_csv(out + ".csv")
-    Path(out + ".json").write_text(json.dumps({"seconds": times[-1], "first_seconds": times[0], "megabytes": peak}))
+    Path(out + ".json").write_text(json.dumps({"seconds": min(times[1:]), "first_seconds": times[0], "megabytes": peak}))
 
 
 def main() -> None:

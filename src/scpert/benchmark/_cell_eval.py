@@ -137,7 +137,7 @@ def import_cell_eval(
         adata = anndata.read_h5ad(base / name)
         if pert_col not in adata.obs:
             raise FileFormatError(f"{base / name} has no column {pert_col!r}: name theirs with pert_col=.")
-        labels = adata.obs[pert_col].astype(str).to_numpy(dtype=object)
+        labels = np.asarray(adata.obs[pert_col].astype(str), dtype=object)
         adata.obs[K.PERTURBATION] = np.where(labels == control_pert, K.CONTROL, labels).astype(object)
         out.append(adata)
     table = None

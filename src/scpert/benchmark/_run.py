@@ -340,7 +340,7 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
         "status": status,
         "chosen": chosen,
     }
-    head = {"task": task.name, "question": task.question, "model": name, "seed": seed}
+    head: dict[str, Any] = {"task": task.name, "question": task.question, "model": name, "seed": seed}
     if status == "failed":
         row = {"perturbation": "", "stratum": "", "known": "", "metric": "", "value": np.nan, "status": status}
         frame = pd.DataFrame([{**head, **row, "message": message}])
@@ -453,13 +453,13 @@ def run(
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)
+    rows: list[ModelSpec | str] = [BASELINE, CEILING, *specs]
     plan: list[tuple[Task, ModelSpec | str, int, str, str]] = []
     for task in task_list:
         described = {**task.describe(), "format": _FORMAT}
         key = fingerprint(described)
         for seed in seed_list:
-            spec: ModelSpec | str
-            for spec in (BASELINE, CEILING, *specs):
+            for spec in rows:
                 own = spec if isinstance(spec, str) else spec.describe()
                 label = spec if isinstance(spec, str) else spec.name
                 plan.append((task, spec, seed, key, _file_name(task.name, label, seed, fingerprint([key, own])[:10])))

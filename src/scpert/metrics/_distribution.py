@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from ._pair import Pair
 from ._profile import raise_partial
@@ -16,7 +17,7 @@ from ._registry import Undefined, metric
 logger = logging.getLogger("scpert")
 
 N_COMPONENTS = 50
-_ROWS, _COLUMNS = 256, 1024
+_ROWS, _COLUMNS = 256, 512
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -25,21 +26,19 @@ _ROWS, _COLUMNS = 256, 1024
 def _sum_of_distances(x: np.ndarray, y: np.ndarray) -> float:
     """Sum of the Euclidean distances of all rows of ``x`` to all of ``y``.
 
-    The squared distance is one matrix product, ``[-2x, |x|², 1] [y, 1, |y|²]'``, in single precision and in blocks that
-    stay in the processor's cache; block sums are added in double precision.
+    The squared distance is one matrix product, ``[-2x, |x|², 1] [y, 1, |y|²]'``, in blocks that stay in the processor's
+    cache.
     """
-    one = np.ones((len(x), 1), dtype=np.float32), np.ones((len(y), 1), dtype=np.float32)
-    xx, yy = ((v.astype(np.float64) ** 2).sum(axis=1, keepdims=True).astype(np.float32) for v in (x, y))
-    left = np.hstack([-2 * x, xx, one[0]]).astype(np.float32)
-    right = np.ascontiguousarray(np.hstack([y, one[1], yy]).astype(np.float32).T)
+    left = np.hstack([-2 * x, (x**2).sum(axis=1, keepdims=True), np.ones((len(x), 1))])
+    right = np.hstack([y, np.ones((len(y), 1)), (y**2).sum(axis=1, keepdims=True)]).T
     total = 0.0
-    buffer = np.empty((min(_ROWS, len(x)), min(_COLUMNS, len(y))), dtype=np.float32)
+    buffer = np.empty(_ROWS * _COLUMNS)
     for j in range(0, len(y), _COLUMNS):
         part = np.ascontiguousarray(right[:, j : j + _COLUMNS])
         for i in range(0, len(x), _ROWS):
             rows = left[i : i + _ROWS]
-            d = buffer[: len(rows), : part.shape[1]] if part.shape[1] == buffer.shape[1] else None
-            d = np.matmul(rows, part, out=d) if d is not None else rows @ part
+            d = buffer[: len(rows) * part.shape[1]].reshape(len(rows), part.shape[1])
+            np.matmul(rows, part, out=d)
             np.maximum(d, 0, out=d)
             np.sqrt(d, out=d)
             total += float(d.sum())
@@ -53,14 +52,17 @@ def mean_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def within_distance(x: np.ndarray) -> float:
     """Mean Euclidean distance between the rows of ``x``, the zero distance of each to itself included."""
-    from scipy.spatial.distance import pdist
-
-    if len(x) * x.shape[1] <= 4096:
-        return 2 * float(pdist(x).sum()) / len(x) ** 2
     total = 0.0
     for i in range(0, len(x), _ROWS):
         a = x[i : i + _ROWS]
-        total += 2 * float(pdist(a).sum())
+        square = (a**2).sum(axis=1)
+        d = a @ a.T
+        d *= -2
+        d += square
+        d += square[:, None]
+        np.fill_diagonal(d, 0.0)
+        np.maximum(d, 0, out=d)
+        total += float(np.sqrt(d, out=d).sum())
         if i + _ROWS < len(x):
             total += 2 * _sum_of_distances(a, x[i + _ROWS :])
     return total / len(x) ** 2
@@ -325,14 +327,83 @@ def clustering_agreement(pair: Pair) -> float:
     return float(max(0.0, *(adjusted_mutual_info_score(truth, labels) for labels in found)))
 
 
-def _clusters(centroids: np.ndarray, resolutions: tuple[float, ...]) -> list[np.ndarray]:
-    import scanpy as sc
-    from anndata import AnnData
+def fuzzy_graph(points: np.ndarray, n_neighbors: int) -> sparse.csr_matrix:
+    """Weighted neighbour graph of UMAP (McInnes et al. 2018), exact neighbours, as ``scanpy.pp.neighbors`` makes it.
 
-    table = AnnData(X=np.ascontiguousarray(centroids, dtype=np.float64))
-    sc.pp.neighbors(table, n_neighbors=min(15, table.n_obs - 1), use_rep="X")
+    Each point's distances are scaled so that the memberships ``exp(-(d - ρ) / σ)`` of its neighbours sum to ``log2(k)``,
+    ρ being the distance of the nearest; the graph is the fuzzy union with its transpose.
+    """
+    from scipy.spatial.distance import cdist
+
+    n = len(points)
+    full = cdist(points, points)
+    np.fill_diagonal(full, -1.0)  # a point comes first among its own neighbours
+    index = np.argsort(full, axis=1, kind="stable")[:, :n_neighbors]
+    near = np.take_along_axis(full, index, axis=1)
+    near[:, 0] = 0.0
+    near = near.astype(np.float32).astype(np.float64)
+    rho = np.where(near > 0, near, np.inf).min(axis=1)
+    rho[~np.isfinite(rho)] = 0.0
+    excess = np.maximum(near[:, 1:] - rho[:, None], 0.0)
+    low, high, sigma = np.zeros(n), np.full(n, np.inf), np.ones(n)
+    target, open_ = np.log2(n_neighbors), np.ones(n, dtype=bool)
+    for _ in range(64):
+        total = np.exp(-excess / sigma[:, None]).sum(axis=1)
+        open_ &= np.abs(total - target) >= 1e-5
+        if not open_.any():
+            break
+        down, up = open_ & (total > target), open_ & (total <= target)
+        high[down], low[up] = sigma[down], sigma[up]
+        with np.errstate(invalid="ignore"):
+            middle = np.where(np.isinf(high), 2 * sigma, (low + high) / 2)
+        sigma = np.where(open_, middle, sigma)
+    least = 1e-3 * np.where(rho > 0, near.mean(axis=1), near.mean())
+    sigma = np.maximum(sigma, least)
+    weight = np.exp(-excess / np.where(sigma > 0, sigma, 1.0)[:, None])
+    rows = np.repeat(np.arange(n), n_neighbors - 1)
+    graph = sparse.csr_matrix((weight.ravel(), (rows, index[:, 1:].ravel())), shape=(n, n))
+    both = graph.multiply(graph.T)
+    return (graph + graph.T - both).tocsr()
+
+
+class _Random:
+    """Random numbers for igraph from a seed of its own, as scanpy draws them."""
+
+    def __init__(self, seed: int):
+        self._state = np.random.RandomState(seed)  # noqa: NPY002 - scanpy's stream
+
+    def getrandbits(self, k: int) -> int:
+        return self._state.tomaxint() & ((1 << k) - 1)
+
+    def randint(self, low: int, high: int) -> int:
+        return self._state.randint(low, high + 1)
+
+    def random(self) -> float:
+        return self._state.random_sample()
+
+    def gauss(self, mean: float, sd: float) -> float:
+        return self._state.normal(mean, sd)
+
+
+def _clusters(centroids: np.ndarray, resolutions: tuple[float, ...]) -> list[np.ndarray]:
+    """Leiden clusters at each resolution, by the same calls and seed as ``scanpy.tl.leiden(flavor="igraph")``."""
+    import random
+
+    import igraph
+
+    graph = fuzzy_graph(centroids, min(15, len(centroids) - 1)).tocoo()
+    upper = graph.row < graph.col
+    edges = np.column_stack([graph.row[upper], graph.col[upper]])
+    network = igraph.Graph(n=len(centroids), edges=edges.tolist(), directed=False)
+    weights = graph.data[upper].astype(np.float32).tolist()
     out = []
     for resolution in resolutions:
-        sc.tl.leiden(table, resolution=resolution, key_added="cluster", flavor="igraph", n_iterations=2)
-        out.append(table.obs["cluster"].to_numpy())
+        igraph.set_random_number_generator(_Random(0))
+        try:
+            found = network.community_leiden(
+                objective_function="modularity", weights=weights, resolution=resolution, n_iterations=2
+            )
+        finally:
+            igraph.set_random_number_generator(random)
+        out.append(np.array(found.membership))
     return out

@@ -254,7 +254,7 @@ class Prediction:
         if self.X is None:
             raise ScpertError("The prediction's X is empty: a prediction holds log1p CP10k values in X.")
         if not effects:
-            _refuse_wrong_scale(self.X)
+            _refuse_wrong_scale(self.X, float(reference.control_mean.mean()))
 
     def cells(self, label: str, genes: np.ndarray) -> sparse.csr_matrix:
         """Predicted cells of a perturbation, CSR."""
@@ -267,22 +267,23 @@ def check_unique_names_of_genes(adata: AnnData) -> None:
         check_unique_names(adata)
 
 
-def _refuse_wrong_scale(X: Any) -> None:
+def _refuse_wrong_scale(X: Any, level: float) -> None:
     if not np.isfinite(_first_finite(X)):
         return
     evidence = scale_evidence(X)
     cure = "Predictions are compared on the log1p CP10k scale: sc.pp.normalize_total(target_sum=1e4), then sc.pp.log1p."
     if evidence.integers == 1.0 and evidence.maximum > 1 and evidence.minimum >= 0:
         raise ScaleError(f"The prediction's X looks like raw counts: {evidence}. {cure}")
-    if evidence.maximum > 20:
+    if evidence.maximum > 50:
         raise ScaleError(f"The prediction's X is too large for log1p values: {evidence}. {cure}")
-    sample = read_rows(X, np.unique(np.linspace(0, X.shape[0] - 1, min(X.shape[0], 200)).astype(int))).data
-    sample = sample[np.isfinite(sample) & (sample != 0)]
-    if len(sample) and np.mean(sample < -1e-3) > 0.3:
+    sample = read_rows(X, np.unique(np.linspace(0, X.shape[0] - 1, min(X.shape[0], 200)).astype(int)))
+    values = sample.data[np.isfinite(sample.data)]
+    negative = float(np.mean(values < -1e-3)) if len(values) else 0.0
+    if negative > 0.2 and values.sum() / max(1, sample.shape[0] * sample.shape[1]) < 0.25 * level:
         raise ScaleError(
-            f"{100 * np.mean(sample < -1e-3):.0f} % of the prediction's non-zero values in X are negative: X looks like "
-            "shifts against control. Put control + shift in X (log1p CP10k) and the shift in layers['delta'], or compare "
-            "effects with effects (scale='effects')."
+            f"{100 * negative:.0f} % of the prediction's non-zero values in X are negative, and their mean is far below "
+            f"that of the control cells ({level:.3g}): X looks like shifts against control. Put control + shift in X (log1p "
+            "CP10k) and the shift in layers['delta'], or compare effects with effects (scale='effects')."
         )
 
 

@@ -561,9 +561,8 @@ def compare(
             difference = sign * _snap(values[ok, 0] - values[ok, 1], values[ok, 1])
             record["difference"] = difference.mean()
             kept = np.asarray(rows, dtype=object)[ok]
-            record["n_clusters"] = (
-                len(kept) if clusters is None else len({dict(clusters.items()).get(p, p) for p in kept})
-            )
+            lookup = {} if clusters is None else dict(clusters.items())
+            record["n_clusters"] = len({lookup.get(p, p) for p in kept})
             if METRICS[name].level != "set" and record["n_clusters"] > 1:
                 boot = _weighted_means(difference, _resampler(kept, clusters, n_boot, random_state))
                 boot = boot[np.isfinite(boot)]
