@@ -78,6 +78,13 @@ def test_edge_attention_is_dense_masked_attention(heads):
     np.testing.assert_allclose(sums, 1.0)
 
 
+def test_attention_without_a_mask_is_the_same_either_way():
+    layer = EdgeAttention(sparse.csr_matrix(np.ones((6, 6))), 8, 2)
+    x = torch.randn(2, 6, 8)
+    assert layer.dense
+    torch.testing.assert_close(layer(x), layer(x, return_weights=True)[0])
+
+
 def test_attention_survives_large_scores_and_bad_heads():
     layer = EdgeAttention(sparse.csr_matrix((4, 4)), 4, 2)
     assert torch.isfinite(layer(1e4 * torch.randn(1, 4, 4))).all()

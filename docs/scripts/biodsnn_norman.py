@@ -44,16 +44,14 @@ def systems(nets: dict) -> dict:
         "ConditionalVAE": ("ConditionalVAE", {}, 60),
         "CPA": ("CPA", {}, 60),
         "CPA, adversary": ("CPA", {"adversary_weight": 1.0, "kl_weight": 0.0}, 60),
-        "GEARS, published": ("GEARS", {**graph, **old}, None),
-        "GEARS": ("GEARS", graph, None),
-        "BioDSNN, published": ("BioDSNN", {**both, **old}, None),
-        "BioDSNN, published, no VAE": ("BioDSNN", {**both, **old, "use_vae": False}, None),
-        "BioDSNN, published, no attention": ("BioDSNN", {**both, **old, "use_attention": False}, None),
-        "BioDSNN, published, no mask": ("BioDSNN", {**both, **old, "use_mask": False}, None),
-        "BioDSNN": ("BioDSNN", both, None),
-        "BioDSNN, no VAE": ("BioDSNN", {**both, "use_vae": False}, None),
-        "BioDSNN, no attention": ("BioDSNN", {**both, "use_attention": False}, None),
-        "BioDSNN, no mask": ("BioDSNN", {**both, "use_mask": False}, None),
+        # the published learning rate is halved every epoch: after eight nothing moves
+        "GEARS, published": ("GEARS", {**graph, **old}, 8),
+        "GEARS": ("GEARS", graph, 10),
+        "BioDSNN, published": ("BioDSNN", {**both, **old}, 8),
+        "BioDSNN, published, no VAE": ("BioDSNN", {**both, **old, "use_vae": False}, 8),
+        "BioDSNN, published, no attention": ("BioDSNN", {**both, **old, "use_attention": False}, 8),
+        "BioDSNN, published, no mask": ("BioDSNN", {**both, **old, "use_mask": False}, 8),
+        "BioDSNN": ("BioDSNN", both, 10),
     }
 
 
