@@ -84,14 +84,14 @@ def _annotations(name: str, table: pd.DataFrame) -> GeneFeatures:
 
 def _net(name: str, table: pd.DataFrame) -> GeneFeatures:
     net = check_net(table, f"knowledge[{name!r}]")
-    genes = np.array(sorted(set(net[K.SOURCE]) | set(net[K.TARGET])), dtype=object)
-    index = pd.Index(genes)
-    i, j = index.get_indexer(net[K.SOURCE]), index.get_indexer(net[K.TARGET])
+    weight = net[K.WEIGHT].to_numpy()
+    code, genes = pd.factorize(np.concatenate([net[K.SOURCE], net[K.TARGET]]).astype(object), sort=True)
+    i, j = np.split(code, 2)
     n = len(genes)
-    one_way = sparse.csr_matrix((net[K.WEIGHT].to_numpy(), (i, j)), shape=(n, n))
-    there, back = abs(one_way), abs(one_way.T.tocsr())
+    edges = pd.DataFrame({"edge": np.concatenate([i * n + j, j * n + i]), "weight": np.concatenate([weight, weight])})
+    edges = edges.iloc[np.lexsort((edges["weight"], edges["weight"].abs()))].drop_duplicates("edge", keep="last")
     both = sparse.csr_matrix(
-        one_way.multiply(there >= back) + one_way.T.multiply(back > there)
+        (edges["weight"], np.divmod(edges["edge"].to_numpy(), n)), shape=(n, n)
     )  # the stronger direction
     strongest = abs(both).max(axis=1).toarray().ravel()
     linked = both + sparse.diags_array(np.where(strongest > 0, strongest, 0.0))

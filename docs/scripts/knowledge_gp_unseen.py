@@ -1,0 +1,139 @@
+"""Unseen perturbations on two real tables of effects: KnowledgeGP and the other closed-form models.
+
+Ten folds over perturbations; the perturbed gene's own value is left out; limits are paired bootstraps over perturbations.
+
+    SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/knowledge_gp_unseen.py [yeast] [k562] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import os
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+import scpert
+
+
+def read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, sep="\t", keep_default_na=False, dtype=str)
+
+
+def gene_sets(path: Path) -> pd.DataFrame:
+    with gzip.open(path, "rt") as lines:
+        rows = [(gene, fields[0]) for fields in (x.rstrip("\n").split("\t") for x in lines) for gene in fields[2:] if gene]
+    return pd.DataFrame(rows, columns=["gene", "term"])
+
+
+def load(name: str) -> tuple[ad.AnnData, dict[str, pd.DataFrame]]:
+    data, priors = Path(os.environ["SCPERT_TEST_DATA"]), Path(os.environ["SCPERT_TEST_PRIORS"])
+    if name == "yeast":
+        adata = ad.read_h5ad(data / "kemmeren2014_yeast_knockouts_194genes.h5ad")
+        adata.var_names = adata.var["symbol"].astype(str)
+        go = read(priors / "go_direct_allev_yeast_2018-11.tsv.gz").rename(columns={"symbol": "gene", "go_id": "term"})
+        knowledge = {"go": go}
+    else:
+        adata = ad.read_h5ad(data / "replogle2022_k562_up_rank_sigrecon.h5ad")
+        go = read(priors / "go_direct_allev_human_2015-07.tsv.gz").rename(columns={"symbol": "gene", "go_id": "term"})
+        corum = read(priors / "corum_core_4.1_human.tsv.gz").rename(columns={"complex_id": "term"})
+        corum = corum.assign(gene=corum["subunits_gene_name"].str.split(";")).explode("gene")
+        net = {"gene_a": "source", "gene_b": "target"}
+        knowledge = {
+            "go": go[["gene", "term"]],
+            "string": read(priors / "string_v12.0_human_score800.tsv.gz").rename(columns=net),
+            "reactome": gene_sets(priors / "reactome_gene_sets_human_2024-04.gmt.gz"),
+            "corum": corum[["gene", "term"]],
+            "biogrid": read(priors / "biogrid_4.4.232_human.tsv.gz").rename(columns=net),
+        }
+    adata.X = adata.X.toarray() if sparse.issparse(adata.X) else np.asarray(adata.X)
+    return adata[np.abs(adata.X).sum(axis=1) > 0].copy(), knowledge
+
+
+def correlations(a: np.ndarray, b: np.ndarray, use: np.ndarray) -> np.ndarray:
+    n = use.sum(axis=1, keepdims=True)
+    a = np.where(use, a - np.where(use, a, 0).sum(axis=1, keepdims=True) / n, 0)
+    b = np.where(use, b - np.where(use, b, 0).sum(axis=1, keepdims=True) / n, 0)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(axis=1) / np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+
+
+def bootstrap(values: np.ndarray, rng: np.random.Generator) -> str:
+    draws = values[rng.integers(0, len(values), (2000, len(values)))].mean(axis=1)
+    return "{:.4f} [{:.4f}, {:.4f}]".format(values.mean(), *np.quantile(draws, [0.025, 0.975]))
+
+
+def run(name: str, seed: int, only: list[str] | None) -> None:
+    adata, knowledge = load(name)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    folds = np.array_split(np.random.default_rng(seed).permutation(adata.n_obs), 10)
+    options = {
+        "NoChange": {}, "PerturbedMean": {}, "LinearPCA": {}, "KNN": {"knowledge": knowledge}, "Ridge": {"knowledge": knowledge},
+        "KnowledgeGP": {"knowledge": knowledge},
+    }  # fmt: skip
+    if only:
+        options = {k: v for k, v in options.items() if k in only or k == "PerturbedMean"}
+    truth = adata.X.astype(float)
+    use = labels[:, None] != adata.var_names.to_numpy()[None, :]
+    out = {k: np.zeros_like(truth) for k in options}
+    seconds = dict.fromkeys(options, 0.0)
+    inside = np.full(truth.shape, np.nan)
+    for i, fold in enumerate(folds):
+        split = np.full(adata.n_obs, "train")
+        split[fold] = "test"
+        adata.obs["split"] = split
+        for key, option in options.items():
+            start = time.time()
+            cls = getattr(scpert.model, key)
+            cls.setup_anndata(adata, scale="effects", split_key="split")
+            model = cls(adata, **option)
+            model.train()
+            predicted = model.predict_perturbation(list(labels[fold]), on_unknown="mean")
+            seconds[key] += time.time() - start
+            predicted = predicted[list(labels[fold])]
+            out[key][fold] = predicted.X
+            if key == "KnowledgeGP":
+                lower, upper = predicted.layers["lower"], predicted.layers["upper"]
+                inside[fold] = np.where(np.isfinite(lower), (truth[fold] >= lower) & (truth[fold] <= upper), np.nan)
+                if i == 0:
+                    print(model.kernel_weights().round(3).to_string())
+    rng = np.random.default_rng(0)
+    mean = out["PerturbedMean"]
+    table = {}
+    for key, values in out.items():
+        table[key] = {
+            "r": correlations(values, truth, use),
+            "r_centred": np.nan_to_num(correlations(values - mean, truth - mean, use)),
+            "mse": np.where(use, (values - truth) ** 2, 0).sum(axis=1) / use.sum(axis=1),
+        }
+    base = table["PerturbedMean"]["mse"].mean()
+    print(f"\n{name}: {adata.n_obs} perturbations x {adata.n_vars} genes, seed {seed}")
+    for key, row in table.items():
+        print(
+            f"{key:14s} r {np.nan_to_num(row['r']).mean():.4f}  centred {row['r_centred'].mean():.4f}  "
+            f"mse/mean's {row['mse'].mean() / base:.4f}  {seconds[key]:.0f} s"
+        )
+    if "KnowledgeGP" in table:
+        for key in table:
+            if key != "KnowledgeGP":
+                gain = {m: np.nan_to_num(table["KnowledgeGP"][m]) - np.nan_to_num(table[key][m]) for m in ("r", "r_centred")}
+                gain["mse"] = (table["KnowledgeGP"]["mse"] - table[key]["mse"]) / base
+                print(f"  minus {key:14s} " + "  ".join(f"{m} {bootstrap(v, rng)}" for m, v in gain.items()))
+        covered = np.where(use, inside, np.nan)
+        print(f"  90 % limits cover {np.nanmean(covered):.3f}; between perturbations {np.nanstd(np.nanmean(covered, axis=1)):.3f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("screens", nargs="*", default=["yeast", "k562"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*")
+    arguments = parser.parse_args()
+    scpert.settings.progress = False
+    for screen in arguments.screens or ["yeast", "k562"]:
+        run(screen, arguments.seed, arguments.only)
