@@ -181,6 +181,16 @@ class _GraphModel(PerturbationModel):
             **trainer_kwargs,
         )
 
+    @property
+    def _tempered(self) -> bool:
+        """Whether the sizes of effects are tempered: in tables of single perturbations without standard errors."""
+        e = self.effects_
+        return (
+            self.scale_ == K.SCALE_EFFECTS
+            and not np.isfinite(e.std_error).any()
+            and all(len(t) == 1 for t in e.targets)
+        )
+
     def _sets(self, targets: Sequence[tuple[str, ...]]) -> list[list[int]]:
         return [[self._node[t] for t in row] for row in targets]
 
@@ -194,7 +204,9 @@ class _GraphModel(PerturbationModel):
         self._own = self._on_target()
         fitted = self._without_own(e.delta)
         noise = np.nan_to_num(np.mean(np.nan_to_num(e.std_error) ** 2, axis=1))
-        self._prior = GraphPrior(self._target_adjacencies).fit(self._sets(e.targets), fitted, noise, random_state)
+        self._prior = GraphPrior(self._target_adjacencies).fit(
+            self._sets(e.targets), fitted, noise, random_state, temper=self._tempered
+        )
         # which perturbations judge the network
         rng = np.random.default_rng(random_state)
         position = {label: i for i, label in enumerate(self.labels_)}
@@ -322,6 +334,10 @@ class _GraphModel(PerturbationModel):
             delta[fallback] = e.mean
             return Prediction(delta.astype(np.float32), fallback=fallback)
         delta, variance = self._prior.predict(sets)
+        if self._tempered:
+            for i, row in enumerate(targets):
+                if "+".join(row) in e.row:
+                    delta[i] = e.delta[e.row["+".join(row)]]
         trust = np.zeros(len(targets))
         for i, row in enumerate(targets):
             if "+".join(row) not in e.row and not fallback[i]:

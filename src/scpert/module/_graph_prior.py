@@ -62,7 +62,13 @@ class GraphPrior:
     # -------------------------------------------------------------------------------------- fit
 
     def fit(
-        self, sets: Sequence[Sequence[int]], delta: np.ndarray, noise: np.ndarray, random_state: int = 0
+        self,
+        sets: Sequence[Sequence[int]],
+        delta: np.ndarray,
+        noise: np.ndarray,
+        random_state: int = 0,
+        *,
+        temper: bool = False,
     ) -> GraphPrior:
         """Choose the strengths and solve.
 
@@ -76,8 +82,17 @@ class GraphPrior:
             Variance of the effects by sampling, mean over the genes, ``(perturbation,)``; zeros where unknown.
         random_state
             Seed of the choice of rows where there are many.
+        temper
+            Divide each effect's deviation from the mean by the square root of its relative size, so that a few huge
+            effects do not speak for all; for tables of single perturbations. What is predicted for measured
+            perturbations is tempered too.
         """
         delta = np.asarray(delta, dtype=np.float64)
+        if temper:
+            mean = delta.mean(axis=0)
+            size = np.linalg.norm(delta - mean, axis=1)
+            size = np.maximum(size / max(size.mean(), 1e-12), 0.1)
+            delta = mean + (delta - mean) / np.sqrt(size)[:, None]
         design = self._design(sets)
         scale = max(float(np.mean(delta**2)), 1e-12)
         noise = np.maximum(np.asarray(noise, dtype=np.float64), 1e-3 * scale)
