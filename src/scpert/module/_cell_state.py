@@ -19,12 +19,13 @@ class CellStateModule(nn.Module):
     .. math::
 
         \tilde x = \frac{o \odot y}{\bar o}, \qquad
-        z = A^\top \tilde x + f(\tilde x), \qquad
+        z = A^\top \tilde x + \gamma \odot f(\tilde x), \qquad
         \hat y = B^\top z + c + W\,\phi(g(z / s))
 
     :math:`y` are standardised values (0 is the gene's mean), :math:`o` marks the observed genes and :math:`\bar o` is
     their share: a masked gene is set to its mean and the rest is scaled up, as dropout does. :math:`f` and :math:`g` are
-    residual stacks. The linear path (:math:`A, B`) is left out where ``linear=False``.
+    residual stacks. The gate :math:`\gamma` starts at zero. Where ``linear=False`` the linear path (:math:`A, B`) and the
+    gate are left out.
 
     Parameters
     ----------
@@ -63,8 +64,7 @@ class CellStateModule(nn.Module):
         if linear:
             self.A = nn.Parameter(torch.randn(n_genes, n_latent) / n_genes**0.5)
             self.B = nn.Parameter(torch.randn(n_latent, n_genes) / n_latent**0.5)
-            for weight in (self.encoder.layers[-1].weight, self.encoder.layers[-1].bias):
-                nn.init.zeros_(weight)
+            self.gate = nn.Parameter(torch.zeros(n_latent))
         if adapter_rank:
             self.down = nn.Parameter(torch.randn(n_genes, adapter_rank) / n_genes**0.5)
             self.up = nn.Parameter(torch.zeros(adapter_rank, n_latent))
@@ -121,7 +121,7 @@ class CellStateModule(nn.Module):
         """Latent state from what :meth:`first` gave."""
         z = self.encoder.rest(parts[0])
         if parts[1] is not None:
-            z = z + parts[1]
+            z = parts[1] + self.gate * z
         if parts[2] is not None:
             z = z + parts[2] @ self.up
         return z

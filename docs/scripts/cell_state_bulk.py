@@ -1,0 +1,214 @@
+"""Figures of docs/models/cell_state.md on the real tumours.
+
+    SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/cell_state_bulk.py folds|regulators|patients|transfer|network
+
+Prints markdown tables. Settings were chosen on the folds of one seed's first two folds and on UVM alone.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+
+from scpert.model import CellState
+from scpert.model._cell_state_fit import group_folds
+
+FACTORS = {
+    "UVM": ["MITF", "SOX10"],
+    "ACC": ["NR5A1"],
+    "DLBC": ["PAX5", "BCL6", "SPIB", "POU2F2"],
+    "CHOL": ["HNF1B", "HNF4A", "FOXA2"],
+}
+
+
+def tumours() -> ad.AnnData:
+    a = ad.read_h5ad(Path(os.environ["SCPERT_TEST_DATA"]) / "bulk_tcga_5cohorts_rsem.h5ad")
+    a.var_names = a.var["symbol"].astype(str)
+    a = a[:, (a.var_names != "?") & ~a.var_names.duplicated()].copy()
+    a.obs["patient"] = [str(s)[:12] for s in a.obs_names]
+    return a
+
+
+def collectri() -> pd.DataFrame:
+    path = Path(os.environ["SCPERT_TEST_PRIORS"]) / "collectri_human_2023.tsv.gz"
+    return pd.read_csv(path, sep="\t", keep_default_na=False).astype({"weight": float})
+
+
+def folds(a: ad.AnnData) -> None:
+    fold = group_folds(a.obs["patient"].to_numpy(dtype=str), 5, np.random.default_rng(0))
+    tables = []
+    for f in range(5):
+        b = a.copy()
+        b.obs["split"] = np.where(fold == f, "test", "train")
+        CellState.setup_anndata(b, group_key="patient", split_key="split")
+        model = CellState(b, n_latent=64)
+        t = time.time()
+        model.train()
+        print(f"fold {f}: {time.time() - t:.0f} s, best epoch {model.best_epoch_}", flush=True)
+        tables.append(model.evaluate())
+        if f == 0:
+            print(pd.DataFrame(tables[0].attrs["by_expression"]).round(3).to_markdown(index=False), flush=True)
+    stack = pd.concat(tables, keys=range(5), names=["fold"])
+    mean, sd = stack.groupby("method").mean(), stack.groupby("method").std()
+    print(mean.loc[tables[0].index].round(4).T.to_markdown(), flush=True)
+    print("standard deviation over folds")
+    print(sd.loc[tables[0].index].round(4).T.to_markdown(), flush=True)
+    gap = stack["r2_imputed"].xs("model", level="method") - stack["r2_imputed"].unstack("method").T
+    print("model minus method, imputation R2, by fold")
+    print(gap.T.round(4).to_markdown(), flush=True)
+
+
+def fitted(a: ad.AnnData) -> CellState:
+    CellState.setup_anndata(a, group_key="patient")
+    model = CellState(a, n_latent=64)
+    model.train()
+    return model
+
+
+def regulators(a: ad.AnnData) -> None:
+    model, net, rows = fitted(a), collectri(), []
+    for cohort, factors in FACTORS.items():
+        a.obs["state"] = np.where(
+            a.obs["cohort"] != cohort, "rest", np.where(a.obs["sample_type_code"].astype(str) == "01", cohort, "normal")
+        )
+        table = model.master_regulators(a, groupby="state", start="rest", goal=cohort, net=net, n_boot=100).set_index(
+            "regulator"
+        )
+        names = table.index
+        x = np.log1p(a[:, names].X.toarray() if hasattr(a.X, "toarray") else np.asarray(a[:, names].X))
+        goal, rest = x[a.obs["state"] == cohort], x[a.obs["state"] == "rest"]
+        t = (goal.mean(0) - rest.mean(0)) / np.sqrt(goal.var(0) / len(goal) + rest.var(0) / len(rest) + 1e-3)
+        de = pd.Series(-t, names).rank().astype(int)
+        for factor in factors:
+            r = table.loc[factor]
+            rows.append(
+                {
+                    "cohort": cohort,
+                    "factor": factor,
+                    "combined": int(r["rank"]),
+                    "90 % limits": f"{r['rank_lower']:.0f}-{r['rank_upper']:.0f}",
+                    "stability": r["stability"],
+                    "regulon": int(r["rank_regulon"]),
+                    "virtual": int(r["rank_virtual"]),
+                    "expression alone": de[factor],
+                    "random": (len(names) + 1) // 2,
+                    "of": len(names),
+                }
+            )
+        print(
+            cohort,
+            "best ten:",
+            ", ".join(table.index[:10]),
+            "| spearman(virtual, expression t)",
+            round(table["virtual"].corr(pd.Series(t, names), method="spearman"), 2),
+            flush=True,
+        )
+    print(pd.DataFrame(rows).to_markdown(index=False), flush=True)
+
+
+def patients(a: ad.AnnData) -> None:
+    model, net = fitted(a), collectri()
+    chol = a[a.obs["cohort"] == "CHOL"].copy()
+    chol.obs["state"] = np.where(chol.obs["sample_type_code"].astype(str) == "11", "normal", "tumour")
+    for start, goal in (("normal", "tumour"), ("tumour", "normal")):
+        group = model.master_regulators(chol, groupby="state", start=start, goal=goal, net=net, n_boot=100)
+        print(f"{start} to {goal}")
+        print(group.head(10).round(3).to_markdown(index=False), flush=True)
+    each = model.master_regulators(
+        chol, groupby="state", start="normal", goal="tumour", net=net, per_sample=True, n_boot=5
+    )
+    wide = each.pivot(index="sample", columns="regulator", values="rank")
+    top = (wide <= 25).mean().sort_values(ascending=False)
+    print("share of the patients with the regulator among their first 25")
+    print(top.head(10).round(2).to_markdown(), flush=True)
+    print(
+        "spearman between two patients, mean:",
+        round(float(np.mean(wide.T.corr("spearman").to_numpy()[np.triu_indices(len(wide), 1)])), 3),
+    )
+    print(
+        "stability of a patient's first ten under dropout masks:",
+        round(float(each[each["rank"] <= 10]["stability"].mean()), 3),
+        flush=True,
+    )
+
+
+def transfer(a: ad.AnnData) -> None:
+    rng = np.random.default_rng(0)
+    for held in ("CHOL", "DLBC"):
+        source = a[a.obs["cohort"] != held].copy()
+        CellState.setup_anndata(source, group_key="patient")
+        model = CellState(source, n_latent=16)
+        model.train()
+        target = a[a.obs["cohort"] == held].copy()
+        tuned = model.fine_tune(target, task="reconstruction", max_epochs=3, group_key="patient")
+        print(held, "reconstruction, model of the other cohorts")
+        print(tuned.report_.round(4).to_markdown(), flush=True)
+    source = a[a.obs["cohort"] != "CHOL"].copy()
+    CellState.setup_anndata(source, group_key="patient")
+    model = CellState(source, n_latent=16)
+    model.train()
+    chol = a[a.obs["cohort"] == "CHOL"].copy()
+    chol.obs["state"] = np.where(chol.obs["sample_type_code"].astype(str) == "11", "normal", "tumour")
+    print("classification of CHOL tumour against normal, model of the other cohorts")
+    print(
+        model.fine_tune(chol, task="classification", groupby="state", group_key="patient")
+        .report_.round(4)
+        .to_markdown(),
+        flush=True,
+    )
+    few = a[np.sort(rng.choice(a.n_obs, 60, replace=False))].copy()
+    print("classification of cohort from 60 samples")
+    print(
+        fitted(a)
+        .fine_tune(few, task="classification", groupby="cohort", group_key="patient")
+        .report_.round(4)
+        .to_markdown()
+        if few.n_obs > 64
+        else ""
+    )
+
+
+def network(a: ad.AnnData) -> None:
+    model = fitted(a)
+    pairs = pd.read_csv(
+        Path(os.environ["SCPERT_TEST_PRIORS"]) / "string_v12.0_human_score800.tsv.gz", sep="\t", keep_default_na=False
+    )
+    linked = set(pairs["gene_a"]) | set(pairs["gene_b"])
+    spread = pd.Series(model.range_[2], model.genes_)
+    genes = [g for g in spread.sort_values(ascending=False).index if g in linked][:1500]
+    at = {g: i for i, g in enumerate(genes)}
+    truth = np.zeros((len(genes), len(genes)), dtype=bool)
+    for g, h in zip(pairs["gene_a"], pairs["gene_b"], strict=True):
+        if g in at and h in at:
+            truth[at[g], at[h]] = truth[at[h], at[g]] = True
+    net = model.gene_network(a, genes=genes, top_k=0, symmetric=True)
+    weight = np.zeros(truth.shape)
+    weight[[at[g] for g in net["source"]], [at[g] for g in net["target"]]] = net["weight"].abs()
+    X = a[:, genes].X
+    x = np.log1p(X.toarray() if hasattr(X, "toarray") else np.asarray(X))
+    residual = x - pd.DataFrame(x).groupby(a.obs["cohort"].to_numpy()).transform("mean").to_numpy()
+    upper = np.triu_indices(len(genes), 1)
+    from sklearn.metrics import average_precision_score
+
+    known = truth[upper]
+    rows = {"random": known.mean()}
+    for name, w in (
+        ("mean Jacobian", weight),
+        ("|Pearson|", np.abs(np.corrcoef(x.T))),
+        ("|Pearson| within cohorts", np.abs(np.corrcoef(residual.T))),
+    ):
+        rows[name] = average_precision_score(known, w[upper])
+    print(pd.Series(rows, name="AUPRC on STRING").round(4).to_markdown(), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    for part in sys.argv[1:]:
+        {"folds": folds, "regulators": regulators, "patients": patients, "transfer": transfer, "network": network}[
+            part
+        ](tumours())

@@ -1,0 +1,436 @@
+"""CellState: manipulation, screens, regulators, transfer, gene network; simulated states with known regulators."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from scpert.errors import LabelError, MissingKeyError, ScpertError, UnknownTargetError
+from scpert.model import CellState
+from scpert.model._cell_state_stats import adjust, auroc, match_nearest, rank_product, tail_pvalues
+
+
+def states(
+    *,
+    n: int = 200,
+    n_tf: int = 30,
+    planted: int = 4,
+    per_tf: int = 8,
+    extra: int = 60,
+    effect: float = 1.5,
+    seed: int = 0,
+) -> tuple[ad.AnnData, pd.DataFrame, list[str]]:
+    """Two states; the planted factors are higher in the goal and drive their targets, the others vary at random."""
+    rng = np.random.default_rng(seed)
+    goal = np.arange(n) % 2 == 1
+    tf = rng.normal(size=(n, n_tf))
+    tf[:, :planted] += effect * goal[:, None]
+    sign = rng.choice([1.0, -1.0], size=(n_tf, per_tf))
+    targets = (tf[:, :, None] * sign[None] * 0.7 + 0.5 * rng.normal(size=(n, n_tf, per_tf))).reshape(n, -1)
+    log = 5 + np.hstack([tf * 0.6, targets, rng.normal(size=(n, extra))])
+    names = (
+        [f"TF{i}" for i in range(n_tf)]
+        + [f"T{i}_{j}" for i in range(n_tf) for j in range(per_tf)]
+        + [f"N{i}" for i in range(extra)]
+    )
+    adata = ad.AnnData(np.maximum(log, 0).astype(np.float32), var=pd.DataFrame(index=names))
+    adata.obs["state"] = np.where(goal, "goal", "start")
+    net = pd.DataFrame(
+        [(f"TF{i}", f"T{i}_{j}", sign[i, j]) for i in range(n_tf) for j in range(per_tf)],
+        columns=["source", "target", "weight"],
+    )
+    return adata, net, [f"TF{i}" for i in range(planted)]
+
+
+def fit(adata: ad.AnnData, **options) -> CellState:
+    CellState.setup_anndata(adata, scale="log1p")
+    model = CellState(adata, hidden=(64,), n_latent=options.pop("n_latent", 20), **options)
+    model.train(max_epochs=2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def planted():
+    adata, net, truth = states()
+    return adata, net, truth, fit(adata)
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+def test_adjust_is_scipys():
+    from scipy.stats import false_discovery_control
+
+    p = np.random.default_rng(0).random(50) ** 2
+    np.testing.assert_allclose(adjust(p), false_discovery_control(p))
+    assert np.isnan(adjust(np.array([0.1, np.nan]))[1])
+
+
+def test_auroc_is_scikit_learns():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    truth, score = rng.random((30, 3)) < 0.4, np.round(rng.normal(size=(30, 3)), 1)
+    np.testing.assert_allclose(auroc(truth, score), [roc_auc_score(truth[:, j], score[:, j]) for j in range(3)])
+
+
+def test_tail_pvalues_are_uniform_and_calibrated_in_the_tail():
+    rng = np.random.default_rng(0)
+    null = rng.standard_t(5, size=4000)
+    p = tail_pvalues(rng.standard_t(5, size=20000), null)
+    for level in (0.5, 0.1, 0.01, 0.001):
+        assert np.mean(p <= level) == pytest.approx(level, rel=0.5)
+    assert tail_pvalues(np.array([50.0]), null)[0] < 1e-4
+
+
+def test_rank_product_and_matching():
+    np.testing.assert_allclose(rank_product([3.0, 2.0, 1.0]), [1 / 3, 2 / 3, 1])
+    draws = match_nearest(np.array([0.0, 9.0]), np.arange(10.0), np.random.default_rng(0), 50, width=3)
+    assert set(draws[0]) == {0, 1, 2} and set(draws[1]) == {7, 8, 9}
+
+
+# ------------------------------------------------------------------------------------------ manipulation
+
+
+def test_manipulation_is_relative_to_the_own_reconstruction(planted):
+    adata, _, _, model = planted
+    before = adata.copy()
+    out = model.manipulate(adata, ["TF0", "TF1"])
+    assert out.shape == adata.shape
+    np.testing.assert_allclose(out.X - out.layers["delta"], out.layers["reconstruction"], atol=1e-4)
+    position = [adata.var_names.get_loc(g) for g in ("TF0", "TF1")]
+    np.testing.assert_allclose(out.X[:, position], 0, atol=1e-5)
+    rest = np.setdiff1d(np.arange(adata.n_vars), position)
+    np.testing.assert_allclose(out.layers["reconstruction"][:, rest], model.reconstruct(adata)[:, rest], atol=1e-4)
+    assert out.obs["converged"].all() and out.obs["ood"].notna().all()
+    pd.testing.assert_frame_equal(adata.obs, before.obs)
+    np.testing.assert_array_equal(adata.X, before.X)
+
+
+def test_paired_is_two_passes(planted):
+    adata, _, _, model = planted
+    moved = adata.copy()
+    j = adata.var_names.get_loc("TF2")
+    moved.X[:, j] = 7.0
+    expected = model.reconstruct(moved) - model.reconstruct(adata)
+    out = model.manipulate(adata, "TF2", mode="set", level=7.0)
+    rest = np.arange(adata.n_vars) != j
+    np.testing.assert_allclose(out.layers["delta"][:, rest], expected[:, rest], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["paired", "fixed_point", "jacobian"])
+def test_nothing_changes_at_the_own_level(planted, method):
+    adata, _, _, model = planted
+    one = adata[:1].copy()
+    level = float(one[:, "TF0"].X[0, 0])
+    out = model.manipulate(one, "TF0", mode="set", level=level, method=method)
+    np.testing.assert_allclose(out.layers["delta"], 0, atol=2e-4)
+
+
+def test_jacobian_is_a_finite_difference(planted):
+    adata, _, _, model = planted
+    one = adata[:3].copy()
+    j = adata.var_names.get_loc("TF0")
+    step = one.X[:, j].mean() * 0 + 0.01
+    moved = one.copy()
+    moved.X[:, j] += step
+    difference = (model.reconstruct(moved) - model.reconstruct(one)) / step
+    out = model.manipulate(one, "TF0", mode="set", level=5.0, method="jacobian")
+    slope = out.layers["delta"] / (5.0 - one.X[:, [j]])
+    rest = np.arange(adata.n_vars) != j
+    np.testing.assert_allclose(slope[:, rest], difference[:, rest], atol=5e-3)
+
+
+def test_fixed_point_reaches_the_level_and_moves_the_targets(planted):
+    adata, net, _, model = planted
+    out = model.manipulate(adata, "TF0", mode="overexpress", method="fixed_point")
+    assert out.obs["converged"].mean() > 0.95
+    mean = pd.Series(out.layers["delta"].mean(0), adata.var_names)
+    own = net[net["source"] == "TF0"].set_index("target")["weight"]
+    assert (np.sign(mean[own.index]) == own).all()
+    other = mean[[g for g in adata.var_names if not g.startswith(("TF0", "T0_"))]]
+    assert mean[own.index].abs().mean() > 3 * other.abs().mean()
+
+
+def test_strange_samples_are_flagged(planted):
+    adata, _, _, model = planted
+    strange = adata[:20].copy()
+    strange.X = (
+        np.random.default_rng(0).permuted(strange.X, axis=1)
+        + np.random.default_rng(1).random(strange.shape).astype(np.float32) * 4
+    )
+    assert model.manipulate(strange, "TF0").obs["ood"].min() > model.manipulate(adata, "TF0").obs["ood"].quantile(0.95)
+
+
+def test_manipulation_survives_files(planted, tmp_path):
+    adata, _, _, model = planted
+    out = model.manipulate(adata, "TF0")
+    out.write_h5ad(tmp_path / "a.h5ad")
+    out.write_zarr(tmp_path / "a.zarr")
+    np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "a.h5ad").layers["delta"], out.layers["delta"])
+
+
+def test_bad_manipulations(planted):
+    adata, _, _, model = planted
+    with pytest.raises(UnknownTargetError, match="not measured") as caught:
+        model.manipulate(adata, "TF00")
+    assert "TF0" in caught.value.suggestions["TF00"]
+    with pytest.raises(ScpertError, match="needs level"):
+        model.manipulate(adata, "TF0", mode="set")
+    with pytest.raises(ScpertError, match="cannot be negative"):
+        model.manipulate(adata, "TF0", mode="set", level=-1)
+    with pytest.raises(ScpertError, match="only .* are measured"):
+        model.manipulate(adata, [f"x{i}" for i in range(adata.n_vars + 1)])
+    with pytest.raises(ScpertError, match="twice"):
+        model.manipulate(adata, ["TF0", "TF0"])
+    with pytest.raises(ScpertError, match="mode="):
+        model.manipulate(adata, "TF0", mode="delete")
+
+
+# ------------------------------------------------------------------------------------------ screens
+
+
+def test_screen_finds_planted_regulators_and_repeats(planted):
+    from sklearn.metrics import average_precision_score
+
+    adata, _, truth, model = planted
+    factors = [g for g in adata.var_names if g.startswith("TF")]
+    out = [
+        model.screen(adata, groupby="state", start="start", goal="goal", genes=factors, mode="set", n_null=200)
+        for _ in range(2)
+    ]
+    pd.testing.assert_frame_equal(*out)
+    table = out[0].set_index("gene")
+    assert {"shift", "zscore", "pvals", "pvals_adj"} <= set(table)
+    found = average_precision_score(table.index.isin(truth), table["zscore"])
+    assert found > 0.9 > 3 * len(truth) / len(factors)
+    knocked = model.screen(
+        adata, groupby="state", start="goal", goal="start", genes=factors, mode="knockout", n_null=200
+    )
+    assert set(truth) <= set(knocked["gene"].head(6))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_screen_without_any_state_finds_about_nothing(seed):
+    adata, _, _ = states(planted=0, n=120, seed=seed)
+    model = fit(adata)
+    table = model.screen(adata, groupby="state", start="start", goal="goal", mode="set", n_null=300)
+    assert (table["pvals_adj"] < 0.1).mean() <= 0.02
+
+
+def test_bad_states(planted):
+    adata, net, _, model = planted
+    common = {"groupby": "state", "start": "start"}
+    with pytest.raises(ScpertError, match="are both"):
+        model.screen(adata, groupby="state", start="goal", goal="goal")
+    with pytest.raises(MissingKeyError, match="is not in adata.obs"):
+        model.screen(adata, goal="elsewhere", **common)
+    with pytest.raises(MissingKeyError, match="groupby"):
+        model.screen(adata, groupby="stat", start="start", goal="goal")
+    one = adata.copy()
+    one.obs["state"] = np.where(np.arange(adata.n_obs) == 0, "single", adata.obs["state"])
+    with pytest.raises(ScpertError, match="1 sample"):
+        model.screen(one, goal="single", **common)
+    with pytest.raises(UnknownTargetError, match="not measured"):
+        model.master_regulators(adata, goal="goal", net=net, regulators=["TF0", "XYZ"], **common)
+    with pytest.raises(ScpertError, match="no signs"):
+        model.master_regulators(adata, goal="goal", net=net[["source", "target"]], **common)
+    with pytest.raises(ScpertError, match="no signs"):
+        model.master_regulators(adata, goal="goal", net=net.assign(weight=1.0), **common)
+    with pytest.raises(ScpertError, match="k=1"):
+        model.cooperative_regulators(adata, goal="goal", k=1, **common)
+
+
+# ------------------------------------------------------------------------------------------ regulators
+
+
+def test_master_regulators_combine_two_lines_of_evidence(planted):
+    adata, net, truth, model = planted
+    table = model.master_regulators(adata, groupby="state", start="start", goal="goal", net=net, n_boot=20)
+    assert {"regulator", "activity", "virtual", "score", "rank"} <= set(table)
+    assert set(table["regulator"].head(len(truth))) == set(truth)
+    assert (table["rank_lower"] <= table["rank_upper"]).all()
+    # regulon evidence does not see the regulator, virtual evidence does not see the net
+    wrong = net.assign(target=np.random.default_rng(0).permutation(net["target"]))
+    other = model.master_regulators(adata, groupby="state", start="start", goal="goal", net=wrong, n_boot=0).set_index(
+        "regulator"
+    )
+    same = table.set_index("regulator").loc[other.index]
+    np.testing.assert_allclose(other["virtual"], same["virtual"])
+    assert not np.allclose(other["activity"], same["activity"])
+
+
+def test_activity_is_decouplers_formula(planted):
+    adata, net, _, model = planted
+    table = model.master_regulators(adata, groupby="state", start="start", goal="goal", net=net, n_boot=0).set_index(
+        "regulator"
+    )
+    from scpert.model._cell_state_experiments import _signature
+
+    y = (adata.X - model._mean) / model._scale
+    goal = (adata.obs["state"] == "goal").to_numpy()
+    signature = _signature(y[~goal], y[goal])
+    w = np.zeros(adata.n_vars)
+    own = net[net["source"] == "TF0"]
+    w[adata.var_names.get_indexer(own["target"])] = own["weight"]
+    r = np.corrcoef(w, signature)[0, 1]
+    assert table.loc["TF0", "activity"] == pytest.approx(r * np.sqrt((adata.n_vars - 2) / (1 - r**2)), rel=1e-3)
+
+
+def test_master_regulators_per_sample(planted):
+    adata, net, truth, model = planted
+    table = model.master_regulators(
+        adata, groupby="state", start="start", goal="goal", net=net, per_sample=True, n_boot=2
+    )
+    goal = adata.obs_names[adata.obs["state"] == "goal"]
+    assert len(table) == len(goal) * 30 and set(table["sample"]) == set(goal)
+    share = table[table["rank"] <= 8].groupby("regulator").size() / len(goal)
+    assert share.reindex(truth).mean() > 2 * share.drop(truth, errors="ignore").mean()
+    assert table["stability"].between(0, 1).all()
+
+
+def cooperation(seed: int, together: bool, n: int = 300) -> ad.AnnData:
+    """Module genes follow A and B only where both are high (or, without cooperation, each by itself)."""
+    rng = np.random.default_rng(seed)
+    on = rng.random((n, 6)) < 0.5
+    module = (on[:, 0] & on[:, 1]) * 1.0 if together else 0.5 * (on[:, 0] * 1.0 + on[:, 1])
+    factors = 2.0 * on + 0.3 * rng.normal(size=(n, 6))
+    genes = 2.0 * module[:, None] + 0.4 * rng.normal(size=(n, 30))
+    noise = rng.normal(size=(n, 40))
+    X = 5 + np.hstack([factors, genes, noise])
+    names = [*"ABCDEF", *[f"M{i}" for i in range(30)], *[f"N{i}" for i in range(40)]]
+    adata = ad.AnnData(X.astype(np.float32), var=pd.DataFrame(index=names))
+    adata.obs["state"] = np.select([module > 0.9, ~on[:, 0] & ~on[:, 1]], ["goal", "start"], "between")
+    return adata
+
+
+def test_cooperative_pair_has_the_largest_synergy():
+    adata = cooperation(0, True)
+    model = fit(adata, n_latent=8)
+    table = model.cooperative_regulators(adata, groupby="state", start="start", goal="goal", regulators=list("ABCDEF"))
+    assert {"regulators", "synergy", "pvals_adj"} <= set(table)
+    assert len(table) == 15
+    assert table["regulators"][0] == "A+B"
+    triples = model.cooperative_regulators(
+        adata, groupby="state", start="start", goal="goal", regulators=list("ABCDEF"), k=3, beam=3
+    )
+    assert triples["regulators"].str.count(r"\+").eq(2).all() and triples["pvals_adj"].between(0, 1).all()
+
+
+# ------------------------------------------------------------------------------------------ transfer, network
+
+
+def test_classification_is_compared_and_predicts(planted):
+    adata, _, _, model = planted
+    new = states(seed=3, n=80)[0]
+    tuned = model.fine_tune(new, task="classification", groupby="state")
+    assert {"fine_tuned", "from_scratch", "pca_logistic"} <= set(tuned.report_.index)
+    assert tuned.report_.loc["fine_tuned", "balanced_accuracy"] > 0.8
+    p = tuned.predict_class()
+    np.testing.assert_allclose(p.sum(axis=1), 1)
+    assert (p.idxmax(axis=1) == new.obs["state"]).mean() > 0.9
+    moved = model.fine_tune(
+        new, task="classification", groupby="state", freeze="none", adapter_rank=2, max_epochs=2, n_folds=2
+    )
+    assert moved is not model and moved.report_["balanced_accuracy"].notna().all()
+
+
+def test_transfer_aligns_genes_by_name_and_reports(planted, tmp_path):
+    adata, _, _, model = planted
+    new = states(seed=4, n=90)[0][:, 30:].copy()
+    new.var_names = ["NEW0", "NEW1", *new.var_names[2:]]
+    tuned = model.fine_tune(new, task="reconstruction", max_epochs=2)
+    row = tuned.report_.iloc[0]
+    assert (row["genes_new"], row["genes_missing"], row["genes_shared"]) == (2, 32, new.n_vars - 2)
+    assert {"fine_tuned", "before", "from_scratch", "pca"} <= set(tuned.report_.index)
+    assert tuned.report_["r2_imputed"].notna().all()
+    tuned.save(tmp_path / "t")
+    again = CellState.load(tmp_path / "t")
+    pd.testing.assert_frame_equal(again.report_, tuned.report_)
+    same = model.fine_tune(adata[:100].copy(), task="reconstruction", max_epochs=1, lr=1e-9, compare=False)
+    np.testing.assert_allclose(same.reconstruct(), model.reconstruct(adata[:100].copy()), atol=0.02)
+
+
+def test_frozen_encoder_stays(planted):
+    adata, _, _, model = planted
+    new = states(seed=5, n=60)[0]
+    tuned = model.fine_tune(new, task="reconstruction", max_epochs=2, compare=False)
+    np.testing.assert_array_equal(tuned.module.A.detach(), model.module.A.detach())
+
+
+def test_perturbation_head(planted):
+    adata, _, _, model = planted
+    labels = np.where(adata.obs["state"] == "goal", "TF0", "control")
+    new = adata.copy()
+    new.obs["perturbation"] = labels
+    tuned = model.fine_tune(new, task="perturbation", groupby="perturbation")
+    shift = tuned.predict_shift(new[labels == "control"].copy())
+    truth = adata.X[labels == "TF0"].mean(0) - adata.X[labels == "control"].mean(0)
+    assert np.corrcoef(shift.X[0], truth)[0, 1] > 0.8
+    assert tuned.report_.loc["fine_tuned", "correlation"] > 0.5
+
+
+def test_bad_fine_tuning(planted):
+    adata, _, _, model = planted
+    new = adata[:60].copy()
+    new.obs["x"] = [None, *["a"] * 30, *["b"] * 29]
+    with pytest.raises(LabelError, match="missing in 1"):
+        model.fine_tune(new, task="classification", groupby="x")
+    new.obs["x"] = ["c", *["a"] * 30, *["b"] * 29]
+    with pytest.raises(LabelError, match="single sample"):
+        model.fine_tune(new, task="classification", groupby="x")
+    new.obs["x"] = pd.Categorical(["a"] * 30 + ["b"] * 30, categories=["a", "b", "c"])
+    with pytest.raises(LabelError, match="have no sample"):
+        model.fine_tune(new, task="classification", groupby="x")
+    with pytest.raises(ScpertError, match="fewer than the bottleneck"):
+        model.fine_tune(adata[:10].copy(), task="reconstruction")
+    renamed = new.copy()
+    renamed.var_names = [f"ENSG{i}" for i in range(new.n_vars)]
+    with pytest.raises(MissingKeyError, match="share 0"):
+        model.fine_tune(renamed, task="reconstruction")
+
+
+def test_gene_network_is_the_jacobian_and_finds_targets(planted):
+    from sklearn.metrics import average_precision_score
+
+    adata, net, _, model = planted
+    genes = list(adata.var_names[:100])
+    found = model.gene_network(genes=genes, top_k=0, n_states=2, random_state=1)
+    rows = np.sort(np.random.default_rng(1).choice(adata.n_obs, 2, replace=False))
+    out = model.manipulate(adata[rows].copy(), "TF0", mode="overexpress", method="jacobian")
+    change = out.layers["delta"][:, adata.var_names.get_loc("TF0")]
+    slope = pd.Series((out.layers["delta"] / change[:, None] * model._scale[0] / model._scale).mean(0), adata.var_names)
+    mine = found[found["source"] == "TF0"].set_index("target")["weight"]
+    np.testing.assert_allclose(mine, slope[mine.index], atol=1e-5)
+    table = model.gene_network(regulators=[f"TF{i}" for i in range(30)], top_k=0)
+    truth = set(zip(net["source"], net["target"], strict=True))
+    known = [(s, t) in truth for s, t in zip(table["source"], table["target"], strict=True)]
+    assert average_precision_score(known, table["weight"].abs()) > 5 * np.mean(known)
+
+
+@pytest.mark.skipif(
+    not {"SCPERT_TEST_DATA", "SCPERT_TEST_PRIORS"} <= set(os.environ),
+    reason="set SCPERT_TEST_DATA and SCPERT_TEST_PRIORS",
+)
+def test_real_lineage_factor_of_adrenal_tumours():
+    a = ad.read_h5ad(Path(os.environ["SCPERT_TEST_DATA"]) / "bulk_tcga_5cohorts_rsem.h5ad")
+    a.var_names = a.var["symbol"].astype(str)
+    a = a[:, ~a.var_names.duplicated()]
+    net = pd.read_csv(
+        Path(os.environ["SCPERT_TEST_PRIORS"]) / "collectri_human_2023.tsv.gz", sep="\t", keep_default_na=False
+    )
+    keep = a.var_names.isin(set(net["source"])) | (np.arange(a.n_vars) % 4 == 0)
+    a = a[:, keep].copy()
+    CellState.setup_anndata(a)
+    model = CellState(a, hidden=(256,), n_latent=32)
+    model.train(max_epochs=1)
+    table = model.master_regulators(
+        a, groupby="cohort", start="rest", goal="ACC", net=net.astype({"weight": float}), n_boot=0
+    )
+    row = table.set_index("regulator").loc["NR5A1"]
+    assert row["rank"] <= 10 and row["rank_virtual"] <= 25
