@@ -164,12 +164,13 @@ def check_labels(
         )
         raise LabelError(f"No cell of adata.obs[{key!r}] is labelled control={control!r}. {hint}")
     name = K.CONTROL if control is None else control
-    known = set(genes) | {part for label in distinct for part in label.split(SEPARATOR)}
+    measured = set(genes)
+    known = measured | {part for label in distinct for part in label.split(SEPARATOR)}
     suspicious = [
         label
         for label in distinct
         if label != name
-        and label not in set(genes)
+        and label not in measured
         and len(parts := [p for p in _OTHER_DELIMITERS.split(label) if p]) > 1
         and all(p in known or p.casefold() in CONTROL_NAMES for p in parts)
     ]
