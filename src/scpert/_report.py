@@ -195,7 +195,7 @@ def _score_figure(scores: pd.DataFrame) -> Figure:
     """Bars of the delta correlation of every model between no skill and ceiling, with limits of the calibrated score."""
     part = scores[scores["metric"] == "pearson_delta"].iloc[::-1]
     ax = _new_axes(6.5, 0.5 + 0.42 * (len(part) + 1))
-    value = part["model_value"] if "model_value" in part else part["value"]
+    value = part["value"]
     ax.barh(np.arange(len(part)), value, color=["#E69F00" if i == len(part) - 1 else "#B8C7D3" for i in range(len(part))])
     ax.set_yticks(np.arange(len(part)), part["model"])
     ax.axvline(float(part["ceiling"].iloc[0]), color="#222", ls="--", lw=1)

@@ -16,6 +16,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_fraction, check_positive
 from .._progress import progress
+from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot
@@ -197,7 +198,9 @@ class _Factored(PerturbationModel):
         """Empirical Bayes: how far measured training effects pull the prediction away from the network's.
 
         The network's shift is the prior mean, the training cells' shift with its standard error the likelihood; the
-        prior variance of each gene is estimated by the method of moments, towards its mean over genes.
+        prior variance of each gene is estimated by the method of moments, towards its mean over genes. The network has
+        seen the training cells, so this alone trusts it too much: validation cells, which it has not seen, decide by
+        non-negative least squares how much of the shrunken and of the whole residual is added.
         """
         self.__dict__.pop("_expected", None)
         self.__dict__.pop("_trained_targets", None)
@@ -218,10 +221,32 @@ class _Factored(PerturbationModel):
         prior_weight = 10.0
         tau2 = np.maximum((per_gene * count + prior_weight * overall) / (count + prior_weight), 0.0)
         weight = tau2 / (tau2 + se2 + 1e-12)
+        share = self._validated_shares(network, weight * residual, residual, splitter)
+        weight = np.where(known, np.minimum(share[0] * weight + share[1], 1.0), 0.0)
         self.shrinkage_ = (weight * residual).astype(np.float32)
-        with np.errstate(invalid="ignore"):
-            spread = np.sqrt(np.where(np.isfinite(se2), tau2 * se2 / (tau2 + se2 + 1e-12), tau2))
-        self.spread_ = spread.astype(np.float32)
+        self.spread_ = np.sqrt(weight * np.where(known, se2, 0.0) + (1 - weight) * tau2).astype(np.float32)
+
+    def _validated_shares(
+        self, network: np.ndarray, shrunken: np.ndarray, residual: np.ndarray, splitter: PerturbationSplitter
+    ) -> tuple[float, float]:
+        """Shares of the shrunken and the whole residual that predict validation cells best; (1, 0) without any."""
+        from scipy.optimize import nnls
+
+        mask = np.zeros(self._screen.n_cells, dtype=bool)
+        mask[splitter.val_idx] = True
+        if not (mask & self._screen.is_control).any() or not (mask & ~self._screen.is_control).any():
+            return 1.0, 0.0
+        held = Effects.from_screen(self._screen, mask)
+        mine = [self.effects_.row[label] for label in held.labels if label in self.effects_.row]
+        theirs = [i for i, label in enumerate(held.labels) if label in self.effects_.row]
+        noise = held.std_error[theirs].astype(np.float64) ** 2
+        use = np.isfinite(noise) & np.isfinite(self.effects_.std_error[mine])
+        if use.sum() < 100:
+            return 1.0, 0.0
+        precision = np.sqrt(1.0 / (noise[use] + noise[use].mean()))
+        design = np.stack([shrunken[mine][use], residual[mine][use]], axis=1) * precision[:, None]
+        shares, _ = nnls(design, (held.delta[theirs] - network[mine])[use] * precision)
+        return float(min(shares[0], 1.5)), float(min(shares[1], 1.0))
 
     # ------------------------------------------------------------------------------------------ prediction
 
