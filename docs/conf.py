@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from datetime import UTC, datetime
 from importlib.metadata import metadata
@@ -45,8 +46,6 @@ exclude_patterns = [
     ".DS_Store",
 ]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
-# A pattern of a page list that matches nothing yet is no mistake.
-suppress_warnings = ["toc.empty_glob", "config.cache"]
 
 # Other projects' indices need the network, and a build has to work without it.
 if os.environ.get("READTHEDOCS") == "True":
@@ -114,18 +113,34 @@ _PLACED = {"index", "changelog", "contributing", "references", "tutorials", "whi
 _PLACED_FOLDERS = {"api", "developer", "models", "tutorials", "scripts"}
 
 
-def list_guides(app, docname: str, source: list[str]) -> None:
-    """Put every further page of this folder, and of its sub-folders, in the list of guides of index.md."""
-    if docname != "index":
-        return
+def _pages(app, what: str) -> list[str]:
+    """Names of the pages of a folder, or, for ``guides``, of all that stand nowhere else."""
     found = sorted({Path(name).parts for name in app.env.found_docs})
-    guides = ["which_model"] if ("which_model",) in found else []
-    guides += [path[0] for path in found if len(path) == 1 and path[0] not in _PLACED]
-    guides += ["/".join(path) for path in found if len(path) > 1 and path[0] not in _PLACED_FOLDERS]
-    source[0] = source[0].replace("GUIDES", "\n".join(guides))
+    if what == "guides":
+        first = ["which_model"] if ("which_model",) in found else []
+        single = [path[0] for path in found if len(path) == 1 and path[0] not in _PLACED]
+        return first + single + ["/".join(path) for path in found if len(path) > 1 and path[0] not in _PLACED_FOLDERS]
+    return ["/" + "/".join(path) for path in found if path[:-1] == tuple(what.split("/")) and path[-1] != "index"]
+
+
+def list_pages(app, docname: str, source: list[str]) -> None:
+    """Put a list of pages where ``<!-- pages: folder -->`` stands; a pattern without a match would be a warning."""
+
+    def toctree(match: re.Match) -> str:
+        pages = _pages(app, match[1])
+        options = ":caption: Guides and evidence\n:hidden:\n" if match[1] == "guides" else ""
+        return f"```{{toctree}}\n:maxdepth: 1\n{options}\n" + "\n".join(pages) + "\n```" if pages else ""
+
+    source[0] = re.sub(r"^<!-- pages: ([\w/]+) -->$", toctree, source[0], flags=re.M)
+
+
+def outdated(app, env, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """Read the lists again when a page has come or gone."""
+    return ["index", "tutorials", "developer/index", "models/index"] if added or removed else []
 
 
 def setup(app) -> None:
     """Connect the functions above."""
     copy_tutorials()
-    app.connect("source-read", list_guides)
+    app.connect("source-read", list_pages)
+    app.connect("env-get-outdated", outdated)

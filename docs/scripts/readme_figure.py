@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 import scpert
 
@@ -26,13 +27,14 @@ def main() -> None:
     model = scpert.model.GPOVAE(adata)
     model.train(max_epochs=40, random_state=0)
     prediction = model.predict_perturbation()
-    shown = sorted(label for label in prediction.obs["perturbation"].astype(str) if "+" in label)[0]
+    size = (np.asarray(prediction.layers["delta"]) ** 2).sum(axis=1)
+    shown = str(prediction.obs["perturbation"].iloc[int(size.argmax())])  # the largest predicted shift
     scpert.tl.infer_grn(adata, split_key="split")
 
     with plt.rc_context({"font.size": 9}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1, 1.15), layout="constrained")
         scpert.pl.predicted_vs_observed(prediction, test, shown, ax=left, show=False)
-        scpert.pl.grn(adata, n_edges=24, ax=right, show=False)
+        scpert.pl.grn(adata, n_edges=20, ax=right, show=False)
         figure.savefig(OUT, dpi=130)
         plt.close(figure)
     print(OUT.name, shown)
