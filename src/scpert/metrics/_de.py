@@ -148,7 +148,7 @@ def wilcoxon(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> len(scpert.metrics.wilcoxon(adata))
     200
     """

@@ -85,7 +85,7 @@ def evaluate(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> truth = scpert.metrics.pseudobulk(adata)
     >>> table = scpert.metrics.evaluate(truth, adata, metrics=["pearson_delta", "mse"])
     >>> bool((table["mse"] < 1e-9).all())

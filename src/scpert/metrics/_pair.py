@@ -68,7 +68,7 @@ class Reference:
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> reference = scpert.metrics.Reference(adata)
     >>> reference.mean.shape
     (5, 40)
