@@ -91,12 +91,12 @@ def main() -> None:
         methods["boosting"] = {"method": "boosting", "threshold": 0, "max_cells": 2000}
     if arguments.gpovae:
         methods["gpovae"] = {"method": "gpovae", "threshold": 0}
-    rows = [
-        {"setting": name, "seed": seed, **row}
-        for name, setting in SETTINGS.items()
-        for seed in range(arguments.seeds)
-        for row in one(setting, seed, methods)
-    ]
+    rows = []
+    for name, setting in SETTINGS.items():
+        for seed in range(arguments.seeds):
+            rows += [{"setting": name, "seed": seed, **row} for row in one(setting, seed, methods)]
+        done = pd.DataFrame([row for row in rows if row["setting"] == name])
+        print(name, done.groupby("method", sort=False)["direct"].mean().round(3).to_dict(), flush=True)
     table = pd.DataFrame(rows)
     order = list(dict.fromkeys(table["method"]))
     for measure in ("direct", "total"):

@@ -26,14 +26,19 @@ logger = logging.getLogger("scpert")
 def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
     """Adjusted p-values over all finite entries of an array of any shape; NaN stays NaN."""
     pvals = np.asarray(pvals, dtype=np.float64)
-    flat = pvals.ravel()
-    out = np.full(flat.shape, np.nan)
-    tested = np.flatnonzero(np.isfinite(flat))
-    if len(tested):
-        order = tested[np.argsort(flat[tested], kind="stable")]
-        scaled = flat[order] * len(order) / np.arange(1, len(order) + 1)
-        out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return out.reshape(pvals.shape)
+    tested = np.isfinite(pvals)
+    values = pvals[tested]
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    values *= len(values)
+    values /= np.arange(1, len(values) + 1)
+    np.minimum.accumulate(values[::-1], out=values[::-1])
+    np.minimum(values, 1.0, out=values)
+    adjusted = np.empty_like(values)
+    adjusted[order] = values
+    out = np.full(pvals.shape, np.nan)
+    out[tested] = adjusted
+    return out
 
 
 def strata_of(adata: AnnData, covariate_keys: str | Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
@@ -149,6 +154,7 @@ def perturbation_effects(
         shift, error, freedom, n, control_mean = effects_of_cells(screen, perturbations, covariate_keys)
 
     zscore, pvals = welch(shift, error, freedom)
+    del freedom
     undefined = [p for p, bad in zip(perturbations, ~np.isfinite(zscore).any(axis=1), strict=True) if bad]
     if undefined:
         logger.warning(
@@ -195,13 +201,15 @@ def perturbation_effects(
 
 def welch(shift: np.ndarray, error: np.ndarray, freedom: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
     """z-scores and two-sided p-values of shifts; NaN where a gene is constant at different values."""
-    from scipy import stats
+    from scipy import special
 
     with np.errstate(divide="ignore", invalid="ignore"):
         zscore = shift / error
     constant = error == 0
     zscore[constant] = np.where(shift[constant] == 0, 0.0, np.nan)
-    pvals = 2.0 * (stats.norm.sf(np.abs(zscore)) if np.isscalar(freedom) else stats.t.sf(np.abs(zscore), freedom))
+    pvals = -np.abs(zscore)
+    pvals = special.ndtr(pvals) if np.isscalar(freedom) else special.stdtr(freedom, pvals)
+    pvals *= 2.0
     pvals[constant & (shift == 0)] = 1.0
     return zscore, pvals
 
@@ -261,7 +269,9 @@ def effects_of_cells(
     share = size[0] / max(size[0].sum(), 1)
     control_mean = share[present] @ moments.mean[index]
     with np.errstate(divide="ignore", invalid="ignore"):
-        control_var = moments.var / moments.n[:, None]
+        control_var = np.full((len(names), n_genes), np.nan)
+        seen = np.flatnonzero(control_row >= 0)
+        control_var[seen] = moments.var[control_row[seen]] / moments.n[control_row[seen], None]
         for p in range(1, len(labels)):
             present, index = rows(p)
             own, n = moments.n[index], size[p].sum()
@@ -278,7 +288,7 @@ def effects_of_cells(
             if cautious:
                 pooled = np.fmax(pooled, weight @ moments.var[c] / n)
                 freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
-            parts = weight[:, None] ** 2 * control_var[c]
+            parts = weight[:, None] ** 2 * control_var[present]
             variance = pooled + parts.sum(axis=0)
             error[p - 1] = np.sqrt(variance)
             spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + pooled**2 / freedom_own

@@ -66,8 +66,8 @@ def direct_effects(
     *,
     penalty: float | np.ndarray = 3.0,
     cut: float = 3.0,
-    n_iter: int = 300,
-    tolerance: float = 1e-4,
+    n_iter: int = 200,
+    tolerance: float = 1e-3,
 ) -> np.ndarray:
     r"""Sparse inverse of the matrix of total effects, weighted by standard errors.
 

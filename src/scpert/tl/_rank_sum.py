@@ -50,7 +50,7 @@ def rank_sums(
         wins = below + 0.5 * control  # of one value against the controls
         mine = group > 0
         stored_own = np.bincount(group[mine] - 1, minlength=n_groups)
-        u = np.bincount(group[mine] - 1, weights=wins[rank[mine]], minlength=n_groups)
+        u = np.bincount(group[mine] - 1, weights=wins[rank[mine]], minlength=n_groups).astype(np.float64)
         zeros = n_own - stored_own
         u += zeros * wins[zero]
         # ties: sum over levels of t^3 - t with t = controls + own at that level
