@@ -50,7 +50,7 @@ def pseudobulk(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> scpert.metrics.pseudobulk(adata).shape
     (5, 40)
     """
@@ -89,7 +89,7 @@ def training_mean(reference: Reference) -> AnnData:
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> reference = scpert.metrics.Reference(adata, train=adata)
     >>> scpert.metrics.training_mean(reference).n_obs
     5
@@ -141,12 +141,13 @@ def ceiling(
 
     Returns
     -------
-    As :func:`evaluate`; ``attrs["n_draws"]``. Perturbations with fewer than two cells are NaN.
+    As :func:`evaluate`; ``attrs["n_draws"]``; ``attrs["mismatched"]``: metric -> perturbation -> what the replicate of
+    *another* perturbation scores. Perturbations with fewer than two cells are NaN.
 
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> table = scpert.metrics.ceiling(adata, metrics="pearson_delta", n_draws=3)
     >>> list(table.columns)
     ['pearson_delta']
@@ -180,11 +181,15 @@ def ceiling(
     generators = np.random.default_rng(random_state).spawn(int(n_draws))
     total: pd.DataFrame | None = None
     count: pd.DataFrame | None = None
+    wrong: list[pd.DataFrame] = []
     reasons: dict[str, dict[str, str]] = {}
     needs_cells = any("cells" in METRICS[n].needs for n in names)
     for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
         half = _halve(reference, usable, rng)
         table = compute(half.pair(kind, needs_cells), names)
+        if kind == "split_half" and not needs_cells and len(usable) > 1:
+            turn = int(rng.integers(1, len(usable)))
+            wrong.append(by_chance(compute(half.pair(kind, False, turn=turn), names)))
         if table.attrs["reasons"]:
             reasons = table.attrs["reasons"]
         filled = table.fillna(0.0)
@@ -202,6 +207,9 @@ def ceiling(
         "kind": kind,
         "level": "cell" if needs_cells else "pseudobulk",
     }
+    if wrong:
+        mean = pd.concat(wrong).groupby(level=0).mean()
+        out.attrs["mismatched"] = {str(m): {str(p): float(v) for p, v in mean[m].dropna().items()} for m in mean}
     return out
 
 
@@ -234,9 +242,10 @@ class _Halves:
     def __init__(self, predicting: _Half, truth: _Half):
         self.predicting, self.truth = predicting, truth
 
-    def pair(self, kind: str, cells: bool) -> Pair:
+    def pair(self, kind: str, cells: bool, *, turn: int = 0) -> Pair:
+        """One half as the prediction of the other; ``turn``: each perturbation is predicted by another one's replicate."""
         a = self.predicting
-        mean, base = a.mean, a.control_mean
+        mean, base = np.roll(a.mean, turn, axis=0), a.control_mean
         if kind == "interpolated":
             assert a.centroid is not None
             alpha = 1.0 - _padj(a)
@@ -388,8 +397,10 @@ def summarise(
     """Calibrated scores: 0 is the training mean, 1 the replicate.
 
     ``score = (s_model - s_baseline) / (s_ceiling - s_baseline)`` with ``s`` the mean over the perturbations that all
-    three tables have a value for. Where the ceiling is not clearly better than the baseline (bootstrap limit of their
-    difference), the score is NaN and the verdict says "nothing to predict here". A prediction that is flat, and so has no
+    three tables have a value for. Where the ceiling is not clearly better than the baseline (2.5 % bootstrap limit of their
+    difference), or not clearly better than the replicate of another perturbation (0.5 % limit; this one shares the noise of
+    the controls and of the centroid, which alone makes halves correlate), the score is NaN and the verdict says "nothing to
+    predict here". A prediction that is flat, and so has no
     correlation, counts with the metric's value by chance: nobody gains by predicting nothing.
 
     Parameters
@@ -411,7 +422,7 @@ def summarise(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(400, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(1500, 40, 8, 0, random_state=0)
     >>> m = scpert.metrics
     >>> reference = m.Reference(adata, train=adata)
     >>> top = m.ceiling(reference, metrics=["mse"], n_draws=3)
@@ -442,9 +453,12 @@ def summarise(
             ]
             record["verdict"] = f"undefined for {' and '.join(empty) or 'the shared perturbations'}"
         else:
+            wrong = ceiling.attrs.get("mismatched", {}).get(name, {})
+            other = np.array([wrong.get(row, np.nan) for row in rows], dtype=float)[ok]
             _score(
                 record,
                 values[ok],
+                other,
                 np.asarray(rows, dtype=object)[ok],
                 higher,
                 name,
@@ -465,6 +479,7 @@ def _nanmean(x: np.ndarray) -> float:
 def _score(
     record: dict[str, Any],
     values: np.ndarray,
+    mismatched: np.ndarray,
     rows: np.ndarray,
     higher: bool,
     name: str,
@@ -488,6 +503,10 @@ def _score(
         m, b, c = (_weighted_means(values[:, i], weights) for i in range(3))
         gaps = sign * (c - b)
         clear = np.nanpercentile(gaps, 2.5) > 1e-9
+        known = np.isfinite(mismatched)
+        if known.sum() > 1:
+            own = sign * (values[known, 2] - mismatched[known])
+            clear &= np.nanpercentile(_weighted_means(own, _resampler(rows[known], clusters, n_boot, seed)), 0.5) > 1e-9
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.where(gaps > 1e-9, sign * (m - b) / gaps, np.nan)
         lower, upper = np.nanpercentile(scores, [tail, 100 - tail]) if np.isfinite(scores).any() else (np.nan, np.nan)
@@ -536,7 +555,7 @@ def compare(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> table = scpert.metrics.evaluate(scpert.metrics.pseudobulk(adata), adata, metrics=["mse"])
     >>> float(scpert.metrics.compare(table, table).loc["mse", "difference"])
     0.0
@@ -603,7 +622,7 @@ def dynamic_range(
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(400, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(1500, 40, 8, 0, random_state=0)
     >>> m = scpert.metrics
     >>> reference = m.Reference(adata, train=adata)
     >>> base = m.evaluate(m.training_mean(reference), reference, metrics=["mse"])
@@ -660,7 +679,7 @@ def by_chance(table: pd.DataFrame) -> pd.DataFrame:
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(300, 40, 5, random_state=0)
+    >>> adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
     >>> flat = scpert.metrics.pseudobulk(adata)
     >>> flat.X[:] = flat.X - flat.layers["delta"]
     >>> flat.layers["delta"][:] = 0

@@ -1,0 +1,167 @@
+"""Ceiling, calibrated scores, paired comparison, dynamic range, screens without any effect."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import scpert
+from scpert import metrics
+from scpert.errors import ScpertError
+
+NAMES = ["pearson_delta", "pearson_delta_centroid", "mse", "centroid_accuracy", "retrieval_l2_no_targets", "wmse"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    adata = scpert.datasets.simulated(1600, 60, 12, n_combinations=0, random_state=0, effect_size=2.0)
+    half = np.random.default_rng(0).random(adata.n_obs) < 0.5
+    return adata[half].copy(), adata[~half].copy()
+
+
+@pytest.fixture(scope="module")
+def tables(parts):
+    train, test = parts
+    reference = metrics.Reference(test, train)
+    return {
+        "reference": reference,
+        "base": metrics.evaluate(metrics.training_mean(reference), reference, metrics=NAMES),
+        "top": metrics.ceiling(reference, metrics=NAMES, n_draws=8),
+        "own": metrics.evaluate(metrics.pseudobulk(train), reference, metrics=NAMES),
+    }
+
+
+def test_mean_scores_zero_and_replicate_one(tables):
+    zero = metrics.summarise(tables["base"], tables["base"], tables["top"], n_boot=200)
+    one = metrics.summarise(tables["top"], tables["base"], tables["top"], n_boot=200)
+    assert np.isfinite(one["score"]).all()
+    np.testing.assert_allclose(zero["score"], 0, atol=1e-9)
+    np.testing.assert_allclose(one["score"], 1, atol=1e-9)
+    np.testing.assert_allclose(one[["lower", "upper"]], 1, atol=1e-6)
+
+
+def test_score_is_its_formula(tables):
+    base, top, own = (tables[k] for k in ("base", "top", "own"))
+    out = metrics.summarise(own, base, top, n_boot=500)
+    for name in ("pearson_delta", "mse", "centroid_accuracy"):
+        want = (own[name].mean() - base[name].mean()) / (top[name].mean() - base[name].mean())
+        assert out.loc[name, "score"] == pytest.approx(want)
+        assert out.loc[name, "lower"] <= out.loc[name, "score"] <= out.loc[name, "upper"]
+    assert out.loc["pearson_delta", "verdict"] == "better than the training mean"
+
+
+def test_halves_are_disjoint_and_their_means_right(parts):
+    from scpert.metrics._summary import _halve
+
+    reference = metrics.Reference(parts[1])
+    halves = _halve(reference, reference.perturbations, np.random.default_rng(0))
+    logs = reference.screen.rows(np.arange(reference.screen.n_cells)).toarray()
+    for label in (*reference.perturbations, "control"):
+        a, b = halves.predicting.rows[label], halves.truth.rows[label]
+        assert not set(a) & set(b)
+        assert len(a) == len(b) == len(reference.rows[label]) // 2
+    p = halves.truth.perturbations[3]
+    np.testing.assert_allclose(halves.truth.mean[3], logs[halves.truth.rows[p]].mean(0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(halves.truth.var[3], logs[halves.truth.rows[p]].var(0, ddof=1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        halves.predicting.control_mean, logs[halves.predicting.rows["control"]].mean(0), rtol=1e-5
+    )
+
+
+def test_ceiling_repeats_and_reads_cells(parts):
+    a = metrics.ceiling(parts[1], metrics=["pearson_delta", "wasserstein"], n_draws=2, random_state=1)
+    b = metrics.ceiling(parts[1], metrics=["pearson_delta", "wasserstein"], n_draws=2, random_state=1)
+    pd.testing.assert_frame_equal(a, b)
+    assert a.notna().all().all()
+    c = metrics.ceiling(parts[1], metrics=["pearson_delta"], n_draws=2, random_state=2)
+    assert not np.allclose(a["pearson_delta"], c["pearson_delta"])
+
+
+def test_interpolated_duplicate_lies_nearer_to_the_truth(tables):
+    plain = tables["top"]
+    mixed = metrics.ceiling(tables["reference"], metrics=NAMES, n_draws=8, kind="interpolated")
+    assert mixed["mse"].mean() < plain["mse"].mean()
+    with pytest.raises(ScpertError, match="needs training data"):
+        metrics.ceiling(tables["reference"].screen.adata, kind="interpolated")
+
+
+def test_flat_predictions_count_by_chance(tables):
+    flat = metrics.training_mean(tables["reference"])
+    table = metrics.evaluate(flat, tables["reference"], metrics=["pearson_delta_centroid"])
+    assert table["pearson_delta_centroid"].isna().all()
+    assert (metrics.by_chance(table)["pearson_delta_centroid"] == 0).all()
+    assert metrics.summarise(table, tables["base"], tables["top"]).loc["pearson_delta_centroid", "score"] == 0
+
+
+def test_paired_bootstrap_has_the_right_width():
+    rng = np.random.default_rng(0)
+    index = pd.Index([f"P{i}" for i in range(400)], name="perturbation")
+    b = pd.DataFrame({"mse": rng.random(400)}, index=index)
+    a = b + rng.normal(-0.02, 0.2, (400, 1))
+    out = metrics.compare(a, b, n_boot=4000).loc["mse"]
+    d = (b - a)["mse"]
+    assert out["difference"] == pytest.approx(d.mean())  # positive: a has the smaller error
+    width = 2 * 1.96 * d.std() / np.sqrt(400)
+    assert out["upper"] - out["lower"] == pytest.approx(width, rel=0.1)
+
+
+def test_clusters_widen_the_limits():
+    rng = np.random.default_rng(0)
+    index = pd.Index([f"P{i}" for i in range(200)], name="perturbation")
+    shared = np.repeat(rng.normal(0, 1, 20), 10)
+    a = pd.DataFrame({"pearson_delta": shared + rng.normal(0, 0.1, 200)}, index=index)
+    b = pd.DataFrame({"pearson_delta": np.zeros(200)}, index=index)
+    clusters = {f"P{i}": f"C{i // 10}" for i in range(200)}
+    alone, together = metrics.compare(a, b), metrics.compare(a, b, clusters=clusters)
+
+    def width(t):
+        return (t["upper"] - t["lower"]).iloc[0]
+
+    assert width(together) > 2 * width(alone)
+    assert together["n_clusters"].iloc[0] == 20
+
+
+def test_dynamic_range(tables):
+    out = metrics.dynamic_range(tables["base"], tables["top"])
+    for name in ("mse", "centroid_accuracy"):
+        best = metrics.METRICS[name].best
+        neg, pos = tables["base"][name].mean(), tables["top"][name].mean()
+        assert out.loc[name, "drf"] == pytest.approx((neg - pos) / (neg - best))
+    assert out.loc["centroid_accuracy", "believable"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_to_predict_without_effect(seed):
+    """On screens without any effect the calibrated score says so, whatever the metric and the prediction."""
+    adata = scpert.datasets.simulated(
+        1200, 60, 12, n_combinations=0, effect_size=0.0, quality_fail=0.0, random_state=seed
+    )
+    half = np.random.default_rng(seed).random(adata.n_obs) < 0.5
+    train, test = adata[half].copy(), adata[~half].copy()
+    reference = metrics.Reference(test, train)
+    base = metrics.evaluate(metrics.training_mean(reference), reference)
+    top = metrics.ceiling(reference, n_draws=10, random_state=seed)
+    own = metrics.evaluate(metrics.pseudobulk(train), reference)
+    names = [m for m in ("pearson_delta", "pearson_delta_centroid", "mse", "mae", "centroid_accuracy", "r2_delta")]
+    out = metrics.summarise(own, base, top, metrics=names)
+    assert out["score"].isna().all(), out
+    assert out["verdict"].str.startswith("nothing to predict here").all(), out
+    assert not metrics.dynamic_range(base, top, metrics=names)["believable"].any()
+
+
+def test_errors_of_summaries(tables):
+    other = tables["base"].copy()
+    other.index = [f"X{i}" for i in range(len(other))]
+    with pytest.raises(ScpertError, match="share no perturbation"):
+        metrics.summarise(tables["own"], other, tables["top"])
+    with pytest.raises(ScpertError, match="not in all tables"):
+        metrics.summarise(tables["own"], tables["base"], tables["top"], metrics=["rmse"])
+    with pytest.raises(ScpertError, match="must be a table"):
+        metrics.compare(tables["own"], 3)
+    with pytest.raises(ScpertError, match="n_draws"):
+        metrics.ceiling(tables["reference"], n_draws=0)
+    with pytest.raises(ScpertError, match="kind='other'"):
+        metrics.ceiling(tables["reference"], kind="other")
+    with pytest.raises(ScpertError, match="needs training data"):
+        metrics.training_mean(metrics.Reference(tables["reference"].screen.adata))
