@@ -1,0 +1,147 @@
+"""Figures of docs/models/cell_state.md on simulated states and the real screens.
+
+    SCPERT_TEST_DATA=... python docs/scripts/cell_state_simulated.py planted null cooperation screens
+
+``screens`` fits on control cells alone and compares predicted with measured shifts.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import average_precision_score
+
+import scpert
+from scpert.model import CellState
+
+SEEDS = range(int(os.environ.get("SEEDS", "5")))
+
+
+def states(seed: int, planted: int = 4, n: int = 160, n_tf: int = 30, per_tf: int = 8, extra: int = 60) -> tuple[ad.AnnData, list[str]]:
+    rng = np.random.default_rng(seed)
+    goal = np.arange(n) % 2 == 1
+    tf = rng.normal(size=(n, n_tf))
+    tf[:, :planted] += 1.0 * goal[:, None]
+    sign = rng.choice([1.0, -1.0], size=(n_tf, per_tf))
+    targets = (tf[:, :, None] * sign[None] * 0.7 + 0.5 * rng.normal(size=(n, n_tf, per_tf))).reshape(n, -1)
+    log = 5 + np.hstack([tf * 0.6, targets, rng.normal(size=(n, extra))])
+    names = [f"TF{i}" for i in range(n_tf)] + [f"T{i}_{j}" for i in range(n_tf) for j in range(per_tf)]
+    adata = ad.AnnData(np.maximum(log, 0).astype(np.float32), var=pd.DataFrame(index=[*names, *[f"N{i}" for i in range(extra)]]))
+    adata.obs["state"] = np.where(goal, "goal", "start")
+    return adata, [f"TF{i}" for i in range(planted)]
+
+
+def fit(adata: ad.AnnData, n_latent: int, scale: str = "log1p") -> CellState:
+    CellState.setup_anndata(adata, scale=scale)
+    model = CellState(adata, hidden=(128,), n_latent=n_latent)
+    model.train(max_epochs=3)
+    return model
+
+
+def planted() -> None:
+    rows = []
+    for seed in SEEDS:
+        adata, truth = states(seed)
+        model = fit(adata, 20)
+        factors = [g for g in adata.var_names if g.startswith("TF")]
+        table = model.screen(adata, groupby="state", start="start", goal="goal", genes=factors, mode="set", n_null=200)
+        goal = (adata.obs["state"] == "goal").to_numpy()
+        x = adata[:, factors].X
+        t = np.abs(x[goal].mean(0) - x[~goal].mean(0)) / np.sqrt(x[goal].var(0) + x[~goal].var(0))
+        rows.append(
+            {
+                "virtual": average_precision_score(table["gene"].isin(truth), table["zscore"]),
+                "expression alone": average_precision_score([f in truth for f in factors], t),
+                "random": len(truth) / len(factors),
+            }
+        )
+    print("planted single regulators, AUPRC")
+    print(pd.DataFrame(rows).agg(["mean", "std"]).round(3).to_markdown(), flush=True)
+
+
+def null() -> None:
+    rows = []
+    for seed in SEEDS:
+        adata, _ = states(100 + seed, planted=0)
+        model = fit(adata, 20)
+        for mode in ("set", "knockout"):
+            table = model.screen(adata, groupby="state", start="start", goal="goal", mode=mode, n_null=300)
+            rows.append({"mode": mode, "discoveries": int((table["pvals_adj"] < 0.1).sum()), "any": (table["pvals_adj"] < 0.1).any(), "p < 0.05": (table["pvals"] < 0.05).mean()})
+    print("no planted state: discoveries at FDR 0.1 among 330 genes")
+    print(pd.DataFrame(rows).groupby("mode").mean().round(3).to_markdown(), flush=True)
+
+
+def cooperation() -> None:
+    rows = []
+    for seed in SEEDS:
+        for together in (True, False):
+            rng = np.random.default_rng(seed)
+            on = rng.random((300, 8)) < 0.5
+            module = (on[:, 0] & on[:, 1]) * 1.0 if together else 0.5 * (on[:, 0] * 1.0 + on[:, 1])
+            X = 5 + np.hstack([2.0 * on + 0.3 * rng.normal(size=on.shape), 2.0 * module[:, None] + 0.4 * rng.normal(size=(300, 30)), rng.normal(size=(300, 40))])
+            adata = ad.AnnData(X.astype(np.float32), var=pd.DataFrame(index=[*"ABCDEFGH", *[f"M{i}" for i in range(70)]]))
+            adata.obs["state"] = np.select([module > 0.9, ~on[:, 0] & ~on[:, 1]], ["goal", "start"], "between")
+            table = fit(adata, 8).cooperative_regulators(adata, groupby="state", start="start", goal="goal", regulators=list("ABCDEFGH"))
+            known = table["regulators"] == "A+B"
+            rows.append({"planted": together, "AUPRC of A+B": average_precision_score(known, table["zscore"]), "rank of A+B": int(np.flatnonzero(known)[0]) + 1, "pairs at FDR 0.1": int((table["pvals_adj"] < 0.1).sum())})
+    print("cooperation: the module needs A and B (planted), or follows their sum; 28 pairs, random AUPRC 0.036")
+    print(pd.DataFrame(rows).groupby("planted").mean().round(3).to_markdown(), flush=True)
+
+
+def compare(adata: ad.AnnData, name: str, up: bool, scale: str = "counts") -> None:
+    """Predicted against measured shift of the perturbed and measured genes; fitted on controls alone."""
+    labels = adata.obs["perturbation"].astype(str)
+    control = adata[labels == "control"].copy()
+    n = min(32, control.n_vars // 3)
+    model = fit(control, n, scale)
+    log = model._reader(control).rows(np.arange(control.n_obs))
+    correlation = np.nan_to_num(np.corrcoef(log.T))
+    rng = np.random.default_rng(0)
+    rows = []
+    for gene in sorted(set(labels) & set(adata.var_names)):
+        j = list(adata.var_names).index(gene)
+        if log[:, j].std() == 0:
+            continue
+        cells = model._reader(adata[labels == gene].copy()).rows(np.arange(int((labels == gene).sum())))
+        truth = cells.mean(0) - log.mean(0)
+        spread = np.sqrt(cells.var(0) / len(cells) + log.var(0) / len(log)) + 1e-9
+        use = (np.arange(adata.n_vars) != j) & (np.abs(truth / spread) > 3)
+        if use.sum() < 3:
+            continue
+        some = control[rng.choice(control.n_obs, min(300, control.n_obs), replace=False)].copy()
+        other = rng.choice([g for g in adata.var_names if g != gene and log[:, adata.var_names.get_loc(g)].std() > 0])
+        mode = "overexpress" if up else "knockout"
+        guesses = {
+            "paired": model.manipulate(some, gene, mode=mode).layers["delta"].mean(0),
+            "fixed point": model.manipulate(some, gene, mode=mode, method="fixed_point").layers["delta"].mean(0),
+            "co-expression": correlation[j] * (1 if up else -1),
+            "random gene": model.manipulate(some, other, mode=mode).layers["delta"].mean(0),
+        }
+        for method, guess in guesses.items():
+            r = np.corrcoef(guess[use], truth[use])[0, 1] if guess[use].std() > 0 else 0.0
+            rows.append({"method": method, "gene": gene, "sign": np.mean(np.sign(guess[use]) == np.sign(truth[use])), "r": r})
+    if not rows:
+        print(name, ": no perturbed gene is measured and moves three others")
+        return
+    table = pd.DataFrame(rows)
+    print(f"{name}: {table['gene'].nunique()} perturbed and measured genes; genes that move (|z| > 3)")
+    print(table.groupby("method", sort=False)[["sign", "r"]].agg(["mean", "sem"]).round(3).to_markdown(), flush=True)
+
+
+def screens() -> None:
+    simulated = scpert.datasets.simulated(n_cells=4000, n_genes=100, n_targets=20, random_state=0)
+    compare(simulated, "simulated", up=False)
+    if "SCPERT_TEST_DATA" in os.environ:
+        data = Path(os.environ["SCPERT_TEST_DATA"])
+        compare(ad.read_h5ad(data / "schraivogel2020_k562_tapseq_crispat.h5ad"), "Schraivogel (CRISPRi)", up=False)
+        compare(ad.read_h5ad(data / "norman2019_k562_crispra_perturbench.h5ad"), "Norman (CRISPRa)", up=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for part in sys.argv[1:]:
+        {"planted": planted, "null": null, "cooperation": cooperation, "screens": screens}[part]()
