@@ -577,7 +577,7 @@ class GPOVAE(_Factored):
 
     so that :math:`\sigma(\hat W_{tj}) = q(M_{tj} = 1)` is the probability that target :math:`t` acts on gene :math:`j`
     and :math:`E_{tj}` its signed strength in log fold changes. The alignment term draws the K-hop accumulation of the
-    signed adjacency :math:`A = \sigma(\hat W) \odot \tanh(\hat E)`,
+    signed adjacency :math:`A = \sigma(\hat W) \odot \mathrm{sign}(\hat E)` (smoothed near zero),
 
     .. math:: T_K = \sum_{k=0}^{K} (\gamma A / s)^k A, \qquad s \ge \text{spectral radius of } A, \ \gamma < 1,
 

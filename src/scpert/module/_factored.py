@@ -24,6 +24,9 @@ from ..nn._stats import (
 
 __all__ = ["FactoredModule"]
 
+#: Log fold change below which the sign of an effect is smoothed.
+_SMALL_EFFECT = 0.05
+
 
 class FactoredModule(BaseModuleClass):
     r"""One network for CPA-VAE, SAMS-VAE, CRADLE-VAE and GPO-VAE.
@@ -307,11 +310,14 @@ class FactoredModule(BaseModuleClass):
         return normal_kl_pair(*real, *told).sum(1).mean()
 
     def adjacency(self, rows: Tensor | None = None) -> Tensor:
-        """Signed strength of each possible edge in [-1, 1]: mask probability x tanh(effect), ``(target, gene)``."""
+        """Each possible edge in [-1, 1]: mask probability x (smoothed) sign of the effect, ``(target, gene)``.
+
+        The sign, not the size: a small effect can be certain, and the alignment must not inflate it.
+        """
         rows = torch.arange(self.n_targets, device=self.x_mean.device) if rows is None else rows
         mask = torch.sigmoid(self.mask_logits[rows]) if self.use_mask else None
         loc, _ = self.effect_parameters(rows, mask)
-        strength = torch.tanh(loc / self.effect_scale)
+        strength = loc * torch.rsqrt(loc**2 + _SMALL_EFFECT**2)
         return strength if mask is None else mask * strength
 
     def _alignment(self, rows: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+"""Laws of the factored family: divergences, K-hop sums, expected logs, presets, recovery."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import scpert
+from scpert.errors import ScpertError
+from scpert.model import CPAVAE, CRADLEVAE, GPOVAE, SAMSVAE
+from scpert.model._factored import signed_evidence
+from scpert.nn._layers import SplitLinear
+from scpert.nn._stats import (
+    ExpectedLog1p,
+    bernoulli_kl,
+    k_hop,
+    k_hop_scale,
+    nb_log_prob,
+    normal_kl,
+    normal_kl_pair,
+    straight_through_bernoulli,
+)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_divergences_equal_torch(generator):
+    loc, scale = torch.randn(50, generator=generator), torch.randn(50, generator=generator)
+    q = torch.distributions.Normal(loc, scale.exp())
+    p = torch.distributions.Normal(torch.zeros(50), torch.full((50,), 0.7))
+    torch.testing.assert_close(normal_kl(loc, scale, 0.7), torch.distributions.kl_divergence(q, p))
+    loc2, scale2 = torch.randn(50, generator=generator), torch.randn(50, generator=generator)
+    other = torch.distributions.Normal(loc2, scale2.exp())
+    torch.testing.assert_close(normal_kl_pair(loc, scale, loc2, scale2), torch.distributions.kl_divergence(q, other))
+    logits = 3 * torch.randn(50, generator=generator)
+    torch.testing.assert_close(
+        bernoulli_kl(logits, 0.3),
+        torch.distributions.kl_divergence(
+            torch.distributions.Bernoulli(logits=logits), torch.distributions.Bernoulli(torch.full((50,), 0.3))
+        ),
+    )
+    assert (normal_kl(loc, scale) >= 0).all() and (bernoulli_kl(logits, 0.3) >= -1e-6).all()
+
+
+def test_negative_binomial_equals_scipy():
+    rng = np.random.default_rng(0)
+    mean, theta = rng.gamma(2, 3, (20, 5)), rng.gamma(2, 1, 5)
+    x = rng.poisson(mean)
+    ours = nb_log_prob(torch.tensor(x).double(), torch.tensor(mean), torch.tensor(np.log(theta)))
+    np.testing.assert_allclose(ours.numpy(), stats.nbinom.logpmf(x, theta, theta / (theta + mean)), rtol=1e-8)
+
+
+def test_straight_through_mask_is_binary_and_has_the_right_mean():
+    torch.manual_seed(0)
+    logits = torch.tensor([-2.0, 0.0, 1.0]).repeat(20000, 1).requires_grad_()
+    draw = straight_through_bernoulli(logits)
+    assert set(np.unique(draw.detach().numpy().round(6))) <= {0.0, 1.0}
+    np.testing.assert_allclose(draw.mean(0).detach(), torch.sigmoid(logits[0]).detach(), atol=0.015)
+    draw.sum().backward()
+    assert (logits.grad > 0).all()
+
+
+def _square(n_targets=6, n_genes=9, seed=0, sign=False):
+    rng = np.random.default_rng(seed)
+    A = rng.uniform(0, 1, (n_targets, n_genes)) * (rng.random((n_targets, n_genes)) < 0.5)
+    if sign:
+        A *= rng.choice([-1, 1], A.shape)
+    return torch.tensor(A), torch.arange(n_targets), torch.arange(n_targets)
+
+
+def test_k_hop_equals_matrix_powers_and_converges():
+    A, columns, rows = _square(sign=True)
+    scale = k_hop_scale(A, columns, rows) / 0.5
+    dense = A.numpy()
+    step = dense[:, :6] / float(scale)
+    wanted = sum(np.linalg.matrix_power(step, k) @ dense for k in range(4))
+    np.testing.assert_allclose(k_hop(A, A, columns, rows, 3, scale).numpy(), wanted, rtol=1e-10)
+    assert np.abs(np.linalg.eigvals(step)).max() < 0.5 + 1e-9
+    limit = np.linalg.solve(np.eye(6) - step, dense)
+    np.testing.assert_allclose(k_hop(A, A, columns, rows, 60, scale).numpy(), limit, rtol=1e-9)
+
+
+def test_k_hop_is_monotone_in_every_edge():
+    A, columns, rows = _square()
+    scale = k_hop_scale(A, columns, rows) / 0.5
+    before = k_hop(A, A, columns, rows, 5, scale)
+    for i, j in [(0, 3), (2, 8), (5, 1)]:
+        more = A.clone()
+        more[i, j] += 0.2
+        after = k_hop(more, more, columns, rows, 5, scale)
+        assert (after >= before - 1e-12).all() and after[i, j] > before[i, j]
+
+
+def test_split_linear_equals_one_linear_layer():
+    torch.manual_seed(0)
+    layer = SplitLinear([3, 4, 0], 5)
+    a, rows, index = torch.randn(7, 3), torch.randn(2, 4), torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    weight = torch.cat([layer.parts[0].weight, layer.parts[1].weight], dim=1)
+    wanted = torch.cat([a, rows[index]], dim=1) @ weight.T + layer.bias
+    torch.testing.assert_close(layer(a, (rows, index), None), wanted)
+
+
+def test_expected_log1p_equals_sampling():
+    theta, library = np.array([0.3, 2.0, 50.0]), np.full(50, 3000.0)
+    expected = ExpectedLog1p(theta, library)
+    rho = np.array([2e-4, 3e-3, 0.05])
+    rng = np.random.default_rng(0)
+    draws = rng.negative_binomial(theta, theta / (theta + 3000 * rho), (400_000, 3))
+    wanted = np.log1p(draws / 3000 * 1e4).mean(0)
+    ours = expected(torch.tensor(np.log(rho))[None].float()).numpy()[0]
+    np.testing.assert_allclose(ours, wanted, rtol=0.02)
+    np.testing.assert_allclose(np.exp(expected.inverse(ours)), rho, rtol=1e-3)
+    assert (np.diff(expected.table, axis=1) >= -1e-6).all()
+
+
+def test_signed_evidence_finds_the_effects_and_their_signs():
+    rng = np.random.default_rng(0)
+    truth = np.zeros((20, 200))
+    truth[:, :10] = rng.choice([-1, 1], (20, 10)) * 6
+    z = truth + rng.standard_normal(truth.shape)
+    evidence, _ = signed_evidence(z, np.ones_like(z))
+    assert (np.sign(evidence[:, :10]) == np.sign(truth[:, :10])).mean() > 0.99
+    assert np.abs(evidence[:, :10]).mean() > 0.9 and np.abs(evidence[:, 10:]).mean() < 0.05
+    none, _ = signed_evidence(rng.standard_normal((20, 200)), np.ones((20, 200)))
+    assert np.abs(none).mean() < 0.05
+    unknown, _ = signed_evidence(np.ones((2, 3)), np.full((2, 3), np.nan))
+    assert (unknown == 0).all()
+
+
+def test_global_terms_sum_to_every_kl_once(small_screen):
+    """Over all cells, the per-cell share of the rows' KL is each row's KL exactly once."""
+    GPOVAE.setup_anndata(small_screen)
+    model = GPOVAE(small_screen, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1)
+    m = model.module.train()
+    codes = model._codes([scpert.data.parse(x) for x in small_screen.obs["perturbation"]])
+    rows, member, which = m.distinct(codes)
+    kl = torch.rand(len(rows))
+    shares = (member @ (kl / m.cells_per_target[rows]))[which]
+    torch.testing.assert_close(shares.sum(), kl.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_presets_nest():
+    """Without a mask SAMS-VAE's module is CPA-VAE's; without quality CRADLE-VAE's is SAMS-VAE's."""
+    adata = scpert.datasets.simulated(n_cells=240, n_genes=12, n_targets=4)
+
+    def parameters(cls, **options):
+        cls.setup_anndata(adata)
+        return {k: tuple(v.shape) for k, v in cls(adata, n_latent=3, n_hidden=8, **options).module.named_parameters()}
+
+    sams, cpa, cradle = parameters(SAMSVAE), parameters(CPAVAE), parameters(CRADLEVAE)
+    assert set(sams) - set(cpa) == {"mask_logits"} and set(cpa) <= set(sams)
+    assert cradle == sams
+    adata.obs["bad"] = np.arange(240) % 5 == 0
+    CRADLEVAE.setup_anndata(adata, quality_key="bad")
+    full = {k for k, _ in CRADLEVAE(adata, n_latent=3, n_hidden=8).module.named_parameters()}
+    assert full - set(sams) == {"quality_loc", "quality_log_scale", "encoder.first.parts.2.weight"}
+
+
+@pytest.mark.parametrize("options", [{}, {"published": True, "n_particles": 2}])
+def test_gpovae_faces_train(options, small_screen):
+    scpert.pp.match_controls(small_screen, method="random")
+    GPOVAE.setup_anndata(
+        small_screen, split_key="split", quality_key="quality_fail", matched_control_key="matched_control"
+    )
+    model = GPOVAE(small_screen, n_latent=4, n_hidden=8, **options)
+    model.train(max_epochs=3, batch_size=64)
+    names = {"grn_train", "sparsity_train", "counterfactual_train", "elbo_validation"}
+    assert names <= set(model.history)
+    net = model.get_grn(threshold=0.0)
+    assert list(net.columns[:3]) == ["source", "target", "weight"]
+    assert not (net["source"] == net["target"]).any()
+    assert set(net["target"]) <= set(small_screen.var_names)
+
+
+def test_unknown_options_and_wrong_numbers(small_screen):
+    GPOVAE.setup_anndata(small_screen)
+    with pytest.raises(ScpertError, match="mask_prior=2"):
+        GPOVAE(small_screen, mask_prior=2)
+    with pytest.raises(ScpertError, match="n_hops=-1"):
+        GPOVAE(small_screen, n_hops=-1)
+    with pytest.raises(TypeError):
+        GPOVAE(small_screen, n_latents=3)
+
+
+def test_gpovae_recovers_effects_and_beats_few_noisy_cells():
+    """On simulated screens the prediction is nearer to the true test mean than the training-cell mean is."""
+    better = []
+    for seed in range(3):
+        adata = scpert.datasets.simulated(
+            n_cells=900, n_genes=60, n_targets=10, n_combinations=0, platform="targeted", random_state=seed
+        )
+        scpert.pp.split(adata, kind="cells", fractions=(0.4, 0.1, 0.5), random_state=seed)
+        GPOVAE.setup_anndata(adata, split_key="split")
+        model = GPOVAE(adata, n_latent=8, n_hidden=32)
+        model.train(max_epochs=15, batch_size=64)
+        test = scpert.data.Screen(adata).moments(mask=(adata.obs["split"] == "test").to_numpy())
+        row = {g: i for i, g in enumerate(test.groups)}
+        truth = np.stack([test.mean[row[x]] - test.mean[row["control"]] for x in model.effects_.labels])
+        ours = model.predict_perturbation(list(model.effects_.labels)).layers["delta"]
+        better.append(((model.effects_.delta - truth) ** 2).mean() - ((ours - truth) ** 2).mean())
+    assert np.mean(better) > 0
