@@ -21,7 +21,9 @@ from scpert.model import CellState
 SEEDS = range(int(os.environ.get("SEEDS", "5")))
 
 
-def states(seed: int, planted: int = 4, n: int = 160, n_tf: int = 30, per_tf: int = 8, extra: int = 60) -> tuple[ad.AnnData, list[str]]:
+def states(
+    seed: int, planted: int = 4, n: int = 160, n_tf: int = 30, per_tf: int = 8, extra: int = 60
+) -> tuple[ad.AnnData, list[str]]:
     rng = np.random.default_rng(seed)
     goal = np.arange(n) % 2 == 1
     tf = rng.normal(size=(n, n_tf))
@@ -30,7 +32,9 @@ def states(seed: int, planted: int = 4, n: int = 160, n_tf: int = 30, per_tf: in
     targets = (tf[:, :, None] * sign[None] * 0.7 + 0.5 * rng.normal(size=(n, n_tf, per_tf))).reshape(n, -1)
     log = 5 + np.hstack([tf * 0.6, targets, rng.normal(size=(n, extra))])
     names = [f"TF{i}" for i in range(n_tf)] + [f"T{i}_{j}" for i in range(n_tf) for j in range(per_tf)]
-    adata = ad.AnnData(np.maximum(log, 0).astype(np.float32), var=pd.DataFrame(index=[*names, *[f"N{i}" for i in range(extra)]]))
+    adata = ad.AnnData(
+        np.maximum(log, 0).astype(np.float32), var=pd.DataFrame(index=[*names, *[f"N{i}" for i in range(extra)]])
+    )
     adata.obs["state"] = np.where(goal, "goal", "start")
     return adata, [f"TF{i}" for i in range(planted)]
 
@@ -70,7 +74,14 @@ def null() -> None:
         model = fit(adata, 20)
         for mode in ("set", "knockout"):
             table = model.screen(adata, groupby="state", start="start", goal="goal", mode=mode, n_null=300)
-            rows.append({"mode": mode, "discoveries": int((table["pvals_adj"] < 0.1).sum()), "any": (table["pvals_adj"] < 0.1).any(), "p < 0.05": (table["pvals"] < 0.05).mean()})
+            rows.append(
+                {
+                    "mode": mode,
+                    "discoveries": int((table["pvals_adj"] < 0.1).sum()),
+                    "any": (table["pvals_adj"] < 0.1).any(),
+                    "p < 0.05": (table["pvals"] < 0.05).mean(),
+                }
+            )
     print("no planted state: discoveries at FDR 0.1 among 330 genes")
     print(pd.DataFrame(rows).groupby("mode").mean().round(3).to_markdown(), flush=True)
 
@@ -82,12 +93,29 @@ def cooperation() -> None:
             rng = np.random.default_rng(seed)
             on = rng.random((300, 8)) < 0.5
             module = (on[:, 0] & on[:, 1]) * 1.0 if together else 0.5 * (on[:, 0] * 1.0 + on[:, 1])
-            X = 5 + np.hstack([2.0 * on + 0.3 * rng.normal(size=on.shape), 2.0 * module[:, None] + 0.4 * rng.normal(size=(300, 30)), rng.normal(size=(300, 40))])
-            adata = ad.AnnData(X.astype(np.float32), var=pd.DataFrame(index=[*"ABCDEFGH", *[f"M{i}" for i in range(70)]]))
+            X = 5 + np.hstack(
+                [
+                    2.0 * on + 0.3 * rng.normal(size=on.shape),
+                    2.0 * module[:, None] + 0.4 * rng.normal(size=(300, 30)),
+                    rng.normal(size=(300, 40)),
+                ]
+            )
+            adata = ad.AnnData(
+                X.astype(np.float32), var=pd.DataFrame(index=[*"ABCDEFGH", *[f"M{i}" for i in range(70)]])
+            )
             adata.obs["state"] = np.select([module > 0.9, ~on[:, 0] & ~on[:, 1]], ["goal", "start"], "between")
-            table = fit(adata, 8).cooperative_regulators(adata, groupby="state", start="start", goal="goal", regulators=list("ABCDEFGH"))
+            table = fit(adata, 8).cooperative_regulators(
+                adata, groupby="state", start="start", goal="goal", regulators=list("ABCDEFGH")
+            )
             known = table["regulators"] == "A+B"
-            rows.append({"planted": together, "AUPRC of A+B": average_precision_score(known, table["zscore"]), "rank of A+B": int(np.flatnonzero(known)[0]) + 1, "pairs at FDR 0.1": int((table["pvals_adj"] < 0.1).sum())})
+            rows.append(
+                {
+                    "planted": together,
+                    "AUPRC of A+B": average_precision_score(known, table["zscore"]),
+                    "rank of A+B": int(np.flatnonzero(known)[0]) + 1,
+                    "pairs at FDR 0.1": int((table["pvals_adj"] < 0.1).sum()),
+                }
+            )
     print("cooperation: the module needs A and B (planted), or follows their sum; 28 pairs, random AUPRC 0.036")
     print(pd.DataFrame(rows).groupby("planted").mean().round(3).to_markdown(), flush=True)
 
@@ -123,7 +151,9 @@ def compare(adata: ad.AnnData, name: str, up: bool, scale: str = "counts") -> No
         }
         for method, guess in guesses.items():
             r = np.corrcoef(guess[use], truth[use])[0, 1] if guess[use].std() > 0 else 0.0
-            rows.append({"method": method, "gene": gene, "sign": np.mean(np.sign(guess[use]) == np.sign(truth[use])), "r": r})
+            rows.append(
+                {"method": method, "gene": gene, "sign": np.mean(np.sign(guess[use]) == np.sign(truth[use])), "r": r}
+            )
     if not rows:
         print(name, ": no perturbed gene is measured and moves three others")
         return
