@@ -109,17 +109,16 @@ def _stream(mask: bool = True, chunk: int = 8, n_genes: int = 20, seed: int = 0)
 def test_stream_control_is_zero_order_is_nothing_chunks_agree(mask):
     stream = _stream(mask)
     codes = torch.tensor([[-1, -1], [0, 3], [3, 0], [5, -1], [-1, 5]])
-    shift, variance = stream(codes)
-    assert variance is None
+    shift = stream(codes)
     assert (shift[0] == 0).all()
     torch.testing.assert_close(shift[1], shift[2])
     torch.testing.assert_close(shift[3], shift[4])
     assert not torch.allclose(shift[1], shift[3])
     small = _stream(mask, chunk=2)
     small.load_state_dict(stream.state_dict())
-    torch.testing.assert_close(small(codes)[0], shift)
+    torch.testing.assert_close(small(codes), shift)
     a = torch.autograd.grad((shift**2).sum(), list(stream.parameters()))
-    b = torch.autograd.grad((small(codes)[0] ** 2).sum(), list(small.parameters()))
+    b = torch.autograd.grad((small(codes) ** 2).sum(), list(small.parameters()))
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
 
@@ -144,7 +143,7 @@ def test_permuting_genes_permutes_shifts(mask):
         for k, v in other.named_parameters():
             v.copy_(state[k])
     codes = torch.tensor([[0, 3], [5, -1]])
-    torch.testing.assert_close(other(codes)[0], stream(codes)[0][:, order], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(other(codes), stream(codes)[:, order], atol=1e-5, rtol=1e-4)
 
 
 def test_unseen_target_feels_its_neighbours():
@@ -152,10 +151,10 @@ def test_unseen_target_feels_its_neighbours():
     stream = KnowledgeStream(
         normalised_adjacency(sparse.csr_matrix((5, 5))), {"g": normalised_adjacency(graph)}, n_hidden=4
     )
-    before = stream(torch.tensor([[0], [2]]))[0].detach()
+    before = stream(torch.tensor([[0], [2]])).detach()
     with torch.no_grad():
         stream.target_table[1] += 3.0
-    after = stream(torch.tensor([[0], [2]]))[0].detach()
+    after = stream(torch.tensor([[0], [2]])).detach()
     assert not torch.allclose(before[0], after[0])  # 1 is a neighbour of 0 ...
     torch.testing.assert_close(before[1], after[1])  # ... and not of 2
 
@@ -205,10 +204,14 @@ def test_prior_leave_one_out_by_refitting():
     prior = GraphPrior(graph).fit(sets, delta, noise)
     for left in (0, 7):
         keep = [i for i in range(9) if i != left]
-        K = prior._sum(prior._covariances(prior.design, prior.design))
+        K = prior._covariance(prior.design, prior.design)
         alpha = np.linalg.solve(K[np.ix_(keep, keep)] + np.diag(prior.noise[keep]), delta[keep])
         np.testing.assert_allclose(prior.loo[left], K[left, keep] @ alpha, atol=1e-8)
     np.testing.assert_allclose(prior.shares(sets).sum(axis=1), 1.0)
+    K = prior._covariance(prior.design, prior.design)
+    np.testing.assert_allclose(prior._variance(prior.design), np.diag(K))
+    expected = np.diag(K - K @ np.linalg.solve(K + np.diag(prior.noise), K))
+    np.testing.assert_allclose(prior.predict(sets)[1], expected, atol=1e-8)
 
 
 def test_prior_gradient_and_limits():

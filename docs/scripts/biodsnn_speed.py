@@ -187,7 +187,7 @@ def main() -> None:
             for name in ("GEARS", "BioDSNN"):
                 task = {
                     "name": name, "n_genes": n_genes, "n_perts": n_perts, "n_edges": n_edges,
-                    "cells": CELLS_PER_PERTURBATION, "batches": 10 if n_genes > 2000 else 25, "batch_size": 256,
+                    "cells": CELLS_PER_PERTURBATION, "batches": 5 if n_genes > 2000 else 25, "batch_size": 256,
                 }  # fmt: skip
                 found[name].append(_call(sys.executable, {"ours": task}))
         base = max((r["cells_per_cpu_s"] for r in found["cell-gears"]), default=float("nan"))

@@ -255,7 +255,7 @@ class _GraphModel(PerturbationModel):
             codes[i, : len(s)] = torch.as_tensor(s)
         self.module.eval()
         with torch.inference_mode():
-            shift, _ = self.module.knowledge(codes.to(self.device))
+            shift = self.module.knowledge(codes.to(self.device))
         return shift.cpu().numpy() + self._base_shift
 
     # ------------------------------------------------------------------------------------------ on-target shift
@@ -539,8 +539,6 @@ class GEARS(_GraphModel):
         ``"graph"``: the network corrects the linear graph model. ``"none"``: it predicts alone.
     gene_weight
         Weights of genes in the loss ``(gene,)``; scaled to the mean 1.
-    uncertainty
-        Train a second read-out for the variance of cells.
     published
         The article's settings: no anchor, learning rate halved every epoch, 20 epochs, gradients clipped by value.
 
@@ -567,7 +565,6 @@ class GEARS(_GraphModel):
         direction_temperature: float = 0.1,
         anchor: str = "graph",
         gene_weight: Any = None,
-        uncertainty: bool = False,
         published: bool = False,
         registry: dict | None = None,
     ):
@@ -588,9 +585,7 @@ class GEARS(_GraphModel):
 
     def _network(self) -> GraphModule:
         o = self._options
-        knowledge = KnowledgeStream(
-            self._gene_adjacency, self._target_adjacencies, n_hidden=o["n_hidden"], uncertainty=o["uncertainty"]
-        )
+        knowledge = KnowledgeStream(self._gene_adjacency, self._target_adjacencies, n_hidden=o["n_hidden"])
         return GraphModule(
             knowledge,
             None,
@@ -638,13 +633,13 @@ class BioDSNN(_GraphModel):
         ``"softplus"`` or ``"linear"``.
     n_layers
         Encoder layers.
-    anchor, gene_weight, uncertainty, published
+    anchor, gene_weight, published
         As in :class:`GEARS`.
 
     Examples
     --------
     >>> import scpert
-    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5, n_combinations=0)
     >>> scpert.model.BioDSNN.setup_anndata(adata)
     >>> model = scpert.model.BioDSNN(adata, n_hidden=8, n_feedforward=16)
     >>> model.train(max_epochs=1, accelerator="cpu")
@@ -675,7 +670,6 @@ class BioDSNN(_GraphModel):
         n_layers: int = 1,
         anchor: str = "graph",
         gene_weight: Any = None,
-        uncertainty: bool = False,
         published: bool = False,
         registry: dict | None = None,
     ):
@@ -712,7 +706,6 @@ class BioDSNN(_GraphModel):
             n_heads=o["n_heads"],
             n_feedforward=o["n_feedforward"],
             n_layers=o["n_layers"],
-            uncertainty=o["uncertainty"],
         )
         cell = None
         if o["use_vae"] and self.scale_ != K.SCALE_EFFECTS:

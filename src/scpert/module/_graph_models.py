@@ -128,8 +128,6 @@ class KnowledgeStream(nn.Module):
         Pairs of genes that may attend to each other; ``None``: the cross-gene layer of GEARS in the place of attention.
     n_hidden, n_heads, n_feedforward, n_layers
         Widths, and the number of attention layers.
-    uncertainty
-        Whether a second read-out gives the log variance of each gene.
     chunk
         Perturbations that are in memory at a time; more of them are recomputed on the way back.
     """
@@ -144,7 +142,6 @@ class KnowledgeStream(nn.Module):
         n_heads: int = 2,
         n_feedforward: int = 512,
         n_layers: int = 1,
-        uncertainty: bool = False,
         chunk: int = 8,
     ):
         super().__init__()
@@ -173,18 +170,12 @@ class KnowledgeStream(nn.Module):
             self.own_weight = nn.Parameter(torch.ones(n_genes))
         self.read_weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5 * 0.1)
         self.read_bias = nn.Parameter(torch.zeros(n_genes))
-        self.variance_weight: nn.Parameter | None = None
-        if uncertainty:
-            self.variance_weight = nn.Parameter(torch.zeros(n_genes, n_hidden))
-            self.variance_bias = nn.Parameter(torch.zeros(n_genes))
 
     def gene_rows(self) -> list[tuple[str, int]]:
         """Names of the parameters that have an axis of genes, and that axis."""
         rows = [("gene_table", 0), ("gene_position", 0), ("read_weight", 0), ("read_bias", 0)]
         if self.encoder is None:
             rows += [("cross_gene.0.weight", 1), ("cross_weight", 0), ("own_weight", 0)]
-        if self.variance_weight is not None:
-            rows += [("variance_weight", 0), ("variance_bias", 0)]
         return rows
 
     def genes(self) -> Tensor:
@@ -208,23 +199,18 @@ class KnowledgeStream(nn.Module):
         total = table.new_zeros(len(codes), self.n_hidden).index_add_(0, row, table.index_select(0, inverse))
         return self.fuse(total) * present.any(1, keepdim=True)
 
-    def _read(self, genes: Tensor, perturbation: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, genes: Tensor, perturbation: Tensor) -> Tensor:
         x = torch.relu(self.post_norm(genes[None] + perturbation[:, None]))
         if self.encoder is not None:
             for layer in self.encoder:
                 x = layer(x)
-            out = (x * self.read_weight).sum(-1) + self.read_bias
-        else:
-            x = self.recover(x)
-            own = (x * self.read_weight).sum(-1) + self.read_bias
-            out = own * self.own_weight + self.cross_gene(own) @ self.cross_weight.T
-        if self.variance_weight is None:
-            return out, out.new_zeros(())
-        log_variance = (x * self.variance_weight).sum(-1) + self.variance_bias
-        return out, log_variance.clamp(*_LOG_VARIANCE_RANGE)
+            return (x * self.read_weight).sum(-1) + self.read_bias
+        x = self.recover(x)
+        own = (x * self.read_weight).sum(-1) + self.read_bias
+        return own * self.own_weight + self.cross_gene(own) @ self.cross_weight.T
 
-    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Shift and log variance (or ``None``), each ``(perturbation, gene)``, of distinct perturbations.
+    def forward(self, codes: Tensor) -> Tensor:
+        """Shifts ``(perturbation, gene)`` of distinct perturbations.
 
         Parameters
         ----------
@@ -233,18 +219,13 @@ class KnowledgeStream(nn.Module):
         """
         genes, perturbation = self.genes(), self.perturbations(codes)
         if len(codes) <= self.chunk:
-            shift, log_variance = self._read(genes, perturbation)
+            shift = self._read(genes, perturbation)
+        elif torch.is_grad_enabled():
+            parts = perturbation.split(self.chunk)
+            shift = torch.cat([checkpoint(self._read, genes, part, use_reentrant=False) for part in parts])
         else:
-            parts = []
-            for part in perturbation.split(self.chunk):
-                if torch.is_grad_enabled():
-                    parts.append(checkpoint(self._read, genes, part, use_reentrant=False))
-                else:
-                    parts.append(self._read(genes, part))
-            shift = torch.cat([p[0] for p in parts])
-            log_variance = torch.cat([p[1] for p in parts]) if self.variance_weight is not None else None
-        shift = shift * (codes >= 0).any(1, keepdim=True)
-        return shift, log_variance if self.variance_weight is not None else None
+            shift = torch.cat([self._read(genes, part) for part in perturbation.split(self.chunk)])
+        return shift * (codes >= 0).any(1, keepdim=True)
 
     @torch.no_grad()
     def attention(self, codes: Tensor) -> list[Tensor]:
@@ -412,15 +393,14 @@ class GraphModule(BaseModuleClass):
         """Shifts of the distinct perturbations of a batch and, for each cell that is learned from, its row there."""
         rows = torch.nonzero(learn).squeeze(1)
         if len(rows) == 0:
-            return {"rows": rows, "group": rows, "shift": None, "log_variance": None, "n_groups": 0}
+            return {"rows": rows, "group": rows, "shift": None, "n_groups": 0}
         distinct, group = torch.unique(codes[rows], dim=0, return_inverse=True)
-        shift, log_variance = self.knowledge(distinct)
-        return {"rows": rows, "group": group, "shift": shift, "log_variance": log_variance, "n_groups": len(distinct)}
+        return {"rows": rows, "group": group, "shift": self.knowledge(distinct), "n_groups": len(distinct)}
 
     def loss(
         self, tensors: dict[str, Tensor], inference_outputs: dict[str, Any], generative_outputs: dict[str, Any]
     ) -> LossOutput:
-        """Autofocus + direction + reconstruction + KL (+ likelihood of the variance head)."""
+        """Autofocus + direction + reconstruction + KL."""
         x = self.log1p(tensors["x"], tensors["library"])
         out, n = generative_outputs, len(x)
         control, base = inference_outputs["control"], inference_outputs["base"]
@@ -442,11 +422,6 @@ class GraphModule(BaseModuleClass):
             )
             loss = loss + parts["autofocus"] + self.direction_weight * parts["direction"]
             error = error.index_copy(0, rows, ((predicted - observed) ** 2).mean(1))
-            if out["log_variance"] is not None:
-                v = out["log_variance"].index_select(0, group)
-                square = ((predicted - observed) ** 2).detach()
-                parts["variance"] = _per_perturbation_mean((0.5 * (v + square * torch.exp(-v))).mean(1), group, m)
-                loss = loss + 0.1 * parts["variance"]
         kl = x.new_zeros(n)
         if self.cell is not None and control is not None:
             seen = (control > 0).sum(1).clamp_min(1)

@@ -7,7 +7,7 @@ by which the strength of each graph is chosen. Numpy and scipy only, but for the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy import linalg, optimize, sparse
@@ -52,12 +52,14 @@ class GraphPrior:
         columns = np.fromiter((t for s in sets for t in s), dtype=np.int64, count=len(rows))
         return sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(sets), self.n_targets))
 
-    def _covariances(self, a: sparse.csr_matrix, b: sparse.csr_matrix) -> list[np.ndarray]:
+    def _covariances(self, a: sparse.csr_matrix, b: sparse.csr_matrix) -> Iterator[np.ndarray]:
         """Unweighted terms: constant, mean per target, own, one a graph."""
         na, nb = np.asarray(a.sum(axis=1)).ravel(), np.asarray(b.sum(axis=1)).ravel()
-        out = [np.ones((len(na), len(nb))), np.outer(na, nb), (a @ b.T).toarray()]
-        out += [((a @ f) @ (b @ f).T).toarray() for f in self.features]
-        return out
+        yield np.ones((len(na), len(nb)))
+        yield np.outer(na, nb)
+        yield (a @ b.T).toarray()
+        for f in self.features:
+            yield ((a @ f) @ (b @ f).T).toarray()
 
     # -------------------------------------------------------------------------------------- fit
 
@@ -99,13 +101,13 @@ class GraphPrior:
         rows = np.arange(len(delta))
         if len(rows) > _MOST_ROWS:
             rows = np.sort(np.random.default_rng(random_state).choice(rows, _MOST_ROWS, replace=False))
-        parts = self._covariances(design[rows], design[rows])
+        parts = list(self._covariances(design[rows], design[rows]))
         if all(len(t) == 1 for t in sets):
             parts = parts[1:]  # the constant is the mean per target
         gram = delta[rows] @ delta[rows].T / delta.shape[1]
         weights = self._choose(parts, gram, noise[rows], scale)
         self.weights = np.concatenate([np.zeros(3 + len(self.features) - len(weights)), weights])
-        K = self._sum(self._covariances(design, design))
+        K = self._covariance(design, design)
         factor = linalg.cho_factor(K + np.diag(noise), lower=True, check_finite=False)
         self.design, self.noise = design, noise
         self.alpha = linalg.cho_solve(factor, delta, check_finite=False)
@@ -114,8 +116,22 @@ class GraphPrior:
         self.loo = delta - self.alpha / np.diag(inverse)[:, None]
         return self
 
-    def _sum(self, parts: list[np.ndarray]) -> np.ndarray:
-        return np.einsum("s,sij->ij", self.weights, np.stack(parts))
+    def _covariance(self, a: sparse.csr_matrix, b: sparse.csr_matrix) -> np.ndarray:
+        """Weighted sum of the terms; one term in memory at a time."""
+        out = np.zeros((a.shape[0], b.shape[0]))
+        for weight, part in zip(self.weights, self._covariances(a, b), strict=True):
+            if weight:
+                out += weight * part
+        return out
+
+    def _variance(self, a: sparse.csr_matrix) -> np.ndarray:
+        """Diagonal of the covariance of perturbations with themselves, ``(perturbation,)``."""
+        n = np.asarray(a.sum(axis=1)).ravel()
+        terms = [np.ones(len(n)), n**2, n]
+        for f in self.features:
+            row = (a @ f).tocsr()
+            terms.append(np.asarray(row.multiply(row).sum(axis=1)).ravel())
+        return np.einsum("s,si->i", self.weights, np.stack(terms))
 
     @staticmethod
     def _choose(parts: list[np.ndarray], gram: np.ndarray, noise: np.ndarray, scale: float) -> np.ndarray:
@@ -163,9 +179,8 @@ class GraphPrior:
     def predict(self, sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Effects ``(perturbation, gene)`` and their variance, alike for all genes ``(perturbation,)``."""
         new = self._design(sets)
-        K = self._sum(self._covariances(new, self.design))
-        own = np.array([float(self._sum(self._covariances(new[i], new[i]))[0, 0]) for i in range(len(sets))])
-        return K @ self.alpha, np.maximum(own - np.einsum("ij,jk,ik->i", K, self.inverse, K), 0.0)
+        K = self._covariance(new, self.design)
+        return K @ self.alpha, np.maximum(self._variance(new) - ((K @ self.inverse) * K).sum(axis=1), 0.0)
 
     def reach(self, sets: Sequence[Sequence[int]]) -> np.ndarray:
         """Whether any graph joins a perturbation to a measured one, boolean ``(perturbation,)``."""
@@ -177,7 +192,7 @@ class GraphPrior:
 
     def shares(self, sets: Sequence[Sequence[int]]) -> np.ndarray:
         """Share of each measured perturbation in a prediction, ``(perturbation, measured)``; rows add to 1."""
-        K = self._sum(self._covariances(self._design(sets), self.design))
+        K = self._covariance(self._design(sets), self.design)
         predicted = K @ self.alpha
         total = np.maximum((predicted**2).sum(axis=1, keepdims=True), 1e-12)
         return K * (predicted @ self.alpha.T) / total
