@@ -4,6 +4,7 @@ from ._effects import perturbation_effects
 from ._evaluate_grn import evaluate_grn, grn_stability
 from ._grn import infer_grn
 from ._interactions import INTERACTION_THRESHOLDS, evaluate_interactions, genetic_interactions
+from ._master_regulators import master_regulators
 from ._rank import rank_perturbations
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "genetic_interactions",
     "grn_stability",
     "infer_grn",
+    "master_regulators",
     "perturbation_effects",
     "rank_perturbations",
 ]
