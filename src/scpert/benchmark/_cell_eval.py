@@ -146,6 +146,6 @@ def import_cell_eval(
         if "perturbation" not in table.columns:
             raise FileFormatError(f"{base / 'results.csv'} has no column 'perturbation': it is no table of cell-eval.")
         table = table.set_index("perturbation").astype(float)
-    if table is None and out == [None, None]:
+    if table is None and all(part is None for part in out):
         raise FileFormatError(f"{base} holds neither {PREDICTED}, {REAL} nor results.csv.")
     return out[0], out[1], table

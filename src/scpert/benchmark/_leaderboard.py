@@ -16,7 +16,7 @@ import pandas as pd
 from .._checks import listing
 from ..errors import ScpertError
 from ..metrics._summary import NOTHING
-from ._run import BASELINE, CEILING, COLUMNS, costs
+from ._run import BASELINE, CEILING, COLUMNS, MISMATCHED, costs
 
 __all__ = ["leaderboard", "write_html"]
 
@@ -94,9 +94,12 @@ def leaderboard(
         failed = part[part["status"] == "failed"].groupby("model")["seed"].nunique()
         done = part[part["status"] == "ok"]
         wide = {model: _wide(table) for model, table in done.groupby("model", sort=False)}
-        models = list(dict.fromkeys(part["model"]))
+        models = [m for m in dict.fromkeys(part["model"]) if m != MISMATCHED]
         nothing = pd.DataFrame(np.nan, index=next(iter(wide.values())).index if wide else [], columns=wanted)
         base, top = wide.get(BASELINE, nothing), wide.get(CEILING, nothing)
+        if MISMATCHED in wide:
+            top = top.copy()
+            top.attrs["mismatched"] = {m: wide[MISMATCHED][m].dropna().to_dict() for m in wide[MISMATCHED]}
         for model in models:
             mine = spent[(spent["task"] == task) & (spent["model"] == model)] if len(spent) else spent
             record: dict[str, Any] = {

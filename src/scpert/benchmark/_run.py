@@ -30,9 +30,9 @@ __all__ = ["ModelSpec", "costs", "run"]
 
 logger = logging.getLogger("scpert")
 
-#: Rows that are no models: what scores 0, and what scores 1.
-BASELINE, CEILING = "training_mean", "ceiling"
-_FORMAT = 1
+#: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
+BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelSpec:
                 f"{self.name!r}: select_on={self.select_on!r} would choose hyper-parameters on cells that the result is "
                 "measured on: a leak. They are chosen on validation perturbations only (select_on='val')."
             )
-        if self.name in (BASELINE, CEILING):
+        if self.name in (BASELINE, CEILING, MISMATCHED):
             raise ScpertError(f"A model cannot be called {self.name!r}: the benchmark adds a row of this name.")
 
     def resolve(self) -> type:
@@ -245,6 +245,11 @@ def _table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts)
 
 
+def _long(tables: Mapping[str, pd.DataFrame], head: Mapping[str, Any]) -> pd.DataFrame:
+    table = _table(tables).rename_axis("perturbation").reset_index()
+    return table.melt("perturbation", var_name="metric", value_name="value").assign(**head)
+
+
 def _fit(spec: ModelSpec, options: Mapping[str, Any], task: Task, adata: AnnData, seed: int) -> Any:
     cls = spec.resolve()
     arguments = {k: v for k, v in task.setup.items() if v is not None} | dict(spec.setup)
@@ -299,6 +304,7 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
     cost: dict[str, Any] = {"task": task.name, "model": name, "seed": seed}
     message, status, chosen = "", "ok", ""
     tables: dict[str, pd.DataFrame] = {}
+    wrong: dict[str, pd.DataFrame] = {}
     known: dict[str, str] = {}
     start = time.perf_counter()
     group: dict[str, str] = {}
@@ -330,6 +336,8 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                         known |= dict(zip(labels, rows[K.STATUS].astype(str), strict=True))
                     table = metrics.evaluate(predicted, reference, metrics=task.metrics)
                 tables[suffix] = metrics.by_chance(table)
+                if table.attrs.get("mismatched"):
+                    wrong[suffix] = pd.DataFrame(table.attrs["mismatched"]).reindex(columns=table.columns)
         except Exception as error:  # noqa: BLE001 - a failed model must not end the run
             status, message = "failed", f"{type(error).__name__}: {error}"
             logger.warning("%s / %s / seed %d failed: %s", task.name, name, seed, message)
@@ -345,12 +353,10 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
         row = {"perturbation": "", "stratum": "", "known": "", "metric": "", "value": np.nan, "status": status}
         frame = pd.DataFrame([{**head, **row, "message": message}])
     else:
-        table = _table(tables)
-        frame = (
-            table.rename_axis("perturbation").reset_index().melt("perturbation", var_name="metric", value_name="value")
-        )
+        frame = _long(tables, head)
+        if wrong:
+            frame = pd.concat([frame, _long(wrong, head | {"model": MISMATCHED})], ignore_index=True)
         bare = frame["perturbation"].str.split(" @ ").str[0]
-        frame = frame.assign(**head)
         frame["stratum"] = bare.map(group).fillna("")
         frame["known"] = frame["perturbation"].map(known).fillna("")
         frame["status"], frame["message"] = "ok", chosen
@@ -400,7 +406,8 @@ def run(
     Each finished cell (task, model, seed) is a parquet file under ``out/cells``, written in one step. A run that was
     killed goes on where it was: call it again with the same arguments. A cell whose task, data or options changed has
     another name and is computed anew. Besides the models there are always ``training_mean`` (which scores 0 on the
-    calibrated scale) and ``ceiling`` (which scores 1).
+    calibrated scale), ``ceiling`` (which scores 1) and ``mismatched`` (the replicate of another perturbation: what shared
+    noise alone scores).
 
     No model sees a test cell: they are cut off before it is made. Where the question is about unseen perturbations, a
     split that leaves one in training is refused. Hyper-parameters (:class:`ModelSpec`, ``grid``) are chosen on validation
@@ -444,7 +451,7 @@ def run(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     results = scpert.benchmark.run([task], ["NoChange"], seeds=[0], out=folder)
     >>> sorted(results["model"].unique())
-    ['NoChange', 'ceiling', 'training_mean']
+    ['NoChange', 'ceiling', 'mismatched', 'training_mean']
     """
     task_list, specs = resolve_tasks(tasks), resolve_models(models)
     seed_list = list(range(seeds)) if isinstance(seeds, (int, np.integer)) else [int(s) for s in seeds]

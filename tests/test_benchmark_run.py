@@ -1,0 +1,326 @@
+"""The runner: resumable, the same on Dask, no leaks, failures kept; the leaderboard; exchange with cell-eval."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import scpert
+from scpert import benchmark
+from scpert.benchmark import ModelSpec, Task
+from scpert.errors import ScpertError, SplitError
+from scpert.model import PerturbedMean
+
+METRICS = ("pearson_delta", "mse", "centroid_accuracy")
+
+
+class Raises(PerturbedMean):
+    """Fails in the middle of its training."""
+
+    def _fit(self):
+        raise RuntimeError("no convergence after 3 steps")
+
+
+class Scaled(PerturbedMean):
+    """The mean effect times a factor: a hyper-parameter to choose."""
+
+    def __init__(self, adata=None, registry=None, *, factor: float = 1.0, note=None):
+        super().__init__(adata, registry)
+        self.factor = factor
+        seen = set(adata.obs["perturbation"][adata.obs["split"] != "test"])
+        assert set(adata.obs["perturbation"]) <= seen, "a test cell was shown to the model"
+
+    def _predict_delta(self, targets, reference, rng, batch_size):
+        out = super()._predict_delta(targets, reference, rng, batch_size)
+        out.delta = out.delta * self.factor
+        return out
+
+
+@pytest.fixture(scope="module")
+def screen() -> ad.AnnData:
+    return scpert.datasets.simulated(500, 40, 12, n_combinations=0, random_state=0, effect_size=2.0)
+
+
+def _task(screen, name="t", **options) -> Task:
+    options = {"split": "perturbations", "metrics": METRICS, "n_draws": 2, **options}
+    if options["split"] == "perturbations":
+        options.setdefault("split_options", {"fractions": (0.5, 0.25, 0.25)})
+    return Task(name, screen, **options)
+
+
+def test_table_and_files(screen, tmp_path):
+    results = benchmark.run([_task(screen)], ["NoChange", ("twice", Scaled, {"factor": 2.0})], seeds=2, out=tmp_path)
+    assert set(results["model"]) == {"NoChange", "twice", "training_mean", "ceiling", "mismatched"}
+    assert set(results["metric"]) == set(METRICS)
+    assert (results["status"] == "ok").all()
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "results.parquet"), results)
+    spent = benchmark.costs(tmp_path)
+    assert (spent["seconds"] > 0).all() and (spent["peak_megabytes"] >= 0).all()
+    assert not [f for f in os.listdir(tmp_path / "cells") if f.endswith(".part")]
+    before = {f: os.stat(tmp_path / "cells" / f).st_mtime_ns for f in os.listdir(tmp_path / "cells")}
+    again = benchmark.run([_task(screen)], ["NoChange", ("twice", Scaled, {"factor": 2.0})], seeds=2, out=tmp_path)
+    pd.testing.assert_frame_equal(again, results)
+    assert before == {f: os.stat(tmp_path / "cells" / f).st_mtime_ns for f in os.listdir(tmp_path / "cells")}
+    other = benchmark.run([_task(screen)], [("twice", Scaled, {"factor": 3.0})], seeds=1, out=tmp_path)
+    changed = other[other["model"] == "twice"]["value"].to_numpy()
+    old = results[(results["model"] == "twice") & (results["seed"] == 0)]["value"].to_numpy()
+    assert not np.allclose(changed, old)
+
+
+def test_numbers_are_those_of_evaluate(screen, tmp_path):
+    results = benchmark.run([_task(screen)], ["PerturbedMean"], seeds=[3], out=tmp_path)
+    data = screen.copy()
+    scpert.pp.split(data, kind="perturbations", fractions=(0.5, 0.25, 0.25), random_state=3)
+    seen = data[(data.obs["split"] != "test").to_numpy()].copy()
+    test, train = (data[(data.obs["split"] == s).to_numpy()].copy() for s in ("test", "train"))
+    PerturbedMean.setup_anndata(seen, split_key="split")
+    model = PerturbedMean(seen)
+    model.train()
+    labels = sorted(set(test.obs["perturbation"]) - {"control"})
+    want = scpert.metrics.evaluate(model.predict_perturbation(labels, on_unknown="mean"), test, train=train)
+    got = results[(results["model"] == "PerturbedMean") & (results["metric"] == "mse")].set_index("perturbation")[
+        "value"
+    ]
+    np.testing.assert_allclose(got.loc[labels], want.loc[labels, "mse"], rtol=1e-6)
+
+
+_KILLED = """
+import sys
+import scpert
+from scpert.benchmark import Task, run
+adata = scpert.datasets.simulated(500, 40, 12, n_combinations=0, random_state=0, effect_size=2.0)
+task = Task("t", adata, "perturbations", metrics=("mse",), n_draws=2, split_options={"fractions": (0.5, 0.25, 0.25)})
+print("ready", flush=True)
+run([task], ["NoChange", "PerturbedMean"], seeds=3, out=sys.argv[1])
+print("done", flush=True)
+"""
+
+
+def test_killed_runs_go_on(screen, tmp_path):
+    """SIGKILL at random moments; then the table is that of a run without interruption."""
+    rng = random.Random(0)
+    finished: dict[str, int] = {}
+    cells = tmp_path / "killed" / "cells"
+    for _ in range(int(os.environ.get("SCPERT_TEST_KILLS", "1"))):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(tmp_path / "killed")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "SCPERT_PROGRESS": "0"},
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        n = len(finished)
+        while process.poll() is None and (not cells.exists() or len(list(cells.glob("*[!t].parquet"))) <= n // 2):
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        now = {f.name: f.stat().st_mtime_ns for f in cells.glob("*.parquet")}
+        assert all(now[f] == t for f, t in finished.items() if f in now and not f.endswith(".cost.parquet"))
+        finished = {f: t for f, t in now.items() if not f.endswith(".cost.parquet")}
+    task = _task(screen, metrics=("mse",))
+    killed = benchmark.run([task], ["NoChange", "PerturbedMean"], seeds=3, out=tmp_path / "killed")
+    assert all((cells / f).stat().st_mtime_ns == t for f, t in finished.items())
+    whole = benchmark.run([task], ["NoChange", "PerturbedMean"], seeds=3, out=tmp_path / "whole")
+    pd.testing.assert_frame_equal(killed, whole, check_exact=True)
+
+
+def test_dask_gives_the_same_numbers(screen, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    serial = benchmark.run([_task(screen)], ["NoChange", "PerturbedMean"], seeds=1, out=tmp_path / "a")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        spread = benchmark.run(
+            [_task(screen)], ["NoChange", "PerturbedMean"], seeds=1, out=tmp_path / "b", engine=client
+        )
+    pd.testing.assert_frame_equal(spread, serial, check_exact=True)
+
+
+def test_a_model_that_raises_is_a_failed_row(screen, tmp_path):
+    results = benchmark.run([_task(screen)], [("bad", Raises, {}), "NoChange"], seeds=1, out=tmp_path)
+    row = results[results["model"] == "bad"]
+    assert list(row["status"]) == ["failed"]
+    assert "no convergence after 3 steps" in row["message"].iloc[0]
+    assert (results[results["model"] == "NoChange"]["status"] == "ok").all()
+    board = benchmark.leaderboard(results, n_boot=50)
+    bad = board[board["model"] == "bad"]
+    assert (bad["failed"] == 1).all() and bad["verdict"].str.startswith("failed: RuntimeError").all()
+    again = benchmark.run([_task(screen)], [("bad", Raises, {}), "NoChange"], seeds=1, out=tmp_path, retry_failed=True)
+    pd.testing.assert_frame_equal(again, results)
+
+
+# ---------------------------------------------------------------------------------------------- leaks
+
+
+def test_hyper_parameters_are_chosen_on_validation_perturbations(screen, tmp_path):
+    spec = ModelSpec("scaled", Scaled, grid={"factor": [-3.0, 1.0]})
+    results = benchmark.run([_task(screen)], [spec], seeds=1, out=tmp_path)
+    assert set(results[results["model"] == "scaled"]["message"]) == {'{"factor": 1.0}'}
+    with pytest.raises(SplitError, match="a leak"):
+        ModelSpec("scaled", Scaled, grid={"factor": [1.0]}, select_on="test")
+    no_val = _task(screen, "no_val", split_options={"fractions": (0.7, 0.0, 0.3)})
+    failed = benchmark.run([no_val], [spec], seeds=1, out=tmp_path)
+    assert "no val cells to choose on" in failed[failed["model"] == "scaled"]["message"].iloc[0]
+
+
+@pytest.mark.parametrize("kind", ["test_in_train", "val_in_test", "combination"])
+def test_planted_leaks_are_refused(screen, tmp_path, kind):
+    data = screen.copy()
+    scpert.pp.split(data, kind="perturbations", fractions=(0.5, 0.25, 0.25))
+    split = data.obs["split"].astype(str).to_numpy()
+    labels = data.obs["perturbation"].astype(str).to_numpy()
+    held = sorted(set(labels[split == "test"]) - {"control"})[0]
+    if kind == "test_in_train":
+        split[np.flatnonzero(labels == held)[0]] = "train"
+    elif kind == "val_in_test":
+        split[np.flatnonzero(labels == held)[0]] = "val"
+    else:
+        other = sorted(set(labels[split == "train"]) - {"control"})[0]
+        labels[np.flatnonzero(labels == other)[:3]] = f"{held}+{other}"
+    data.obs["split"], data.obs["perturbation"] = split, labels
+    task = Task("leak", data, "given", question="unseen perturbations", metrics=METRICS, n_draws=2)
+    results = benchmark.run([task], ["NoChange"], seeds=1, out=tmp_path)
+    assert (results["status"] == "failed").all()
+    assert results["message"].str.contains("a leak").all()
+
+
+def test_options_with_test_cells_are_refused(screen, tmp_path):
+    results = benchmark.run([_task(screen)], [("peeks", Scaled, {"note": screen})], seeds=1, out=tmp_path)
+    assert "holds test cells" in results[results["model"] == "peeks"]["message"].iloc[0]
+
+
+# ---------------------------------------------------------------------------------------------- tasks and ranking
+
+
+def test_effects_folds_and_few_cells(screen, tmp_path):
+    rng = np.random.default_rng(0)
+    names = [f"K{i}" for i in range(20)]
+    effects = ad.AnnData(
+        X=rng.normal(size=(20, 15)) + 0.5,
+        obs=pd.DataFrame({"perturbation": names}, index=names),
+        var=pd.DataFrame(index=[f"G{i}" for i in range(15)]),
+    )
+    folds = Task("effects", effects, "folds", split_options={"n_folds": 4}, setup={"scale": "effects"}, metrics=METRICS)
+    few = _task(screen, "few", split="cells", max_train_cells=3)
+    assert few.question == "seen with few cells"
+    results = benchmark.run([folds, few], ["PerturbedMean"], seeds=4, out=tmp_path)
+    assert (results["status"] == "ok").all(), results["message"].unique()
+    part = results[
+        (results["task"] == "effects") & (results["model"] == "PerturbedMean") & (results["metric"] == "mse")
+    ]
+    assert sorted(part["perturbation"]) == sorted(names)  # each in one fold
+    board = benchmark.leaderboard(results, n_boot=50)
+    assert "undefined for the ceiling" in set(board[board["task"] == "effects"]["verdict"])
+
+
+def test_no_model_beats_the_mean_without_effect(tmp_path):
+    null = scpert.datasets.simulated(700, 40, 12, n_combinations=0, random_state=0, effect_size=0.0, quality_fail=0.0)
+    task = Task("null", null, "cells", metrics=METRICS, n_draws=8, split_options={"fractions": (0.5, 0.1, 0.4)})
+    results = benchmark.run([task], ["NoChange", "PerturbedMean", "Additive"], seeds=1, out=tmp_path)
+    board = benchmark.leaderboard(results, n_boot=300)
+    models = board[~board["model"].isin(["ceiling", "training_mean"])]
+    assert models["score"].isna().all()
+    assert models["verdict"].str.startswith("nothing to predict here").all()
+    gains = models[models["difference"] > 0]
+    assert gains["pvals"].isna().all()
+    mean = board[board["model"] == "training_mean"]
+    assert (mean["rank"] == 1).all()
+
+
+def test_leaderboard_ranks_and_page(screen, tmp_path):
+    models = ["NoChange", ("own", Scaled, {"factor": 1.0}), ("wild", Scaled, {"factor": 30.0})]
+    tasks = [_task(screen, "a"), _task(screen, "b", split="cells")]
+    results = benchmark.run(tasks, models, seeds=1, out=tmp_path)
+    board = benchmark.leaderboard(results, n_boot=100, path=tmp_path / "page.html")
+    mse = board[(board["metric"] == "mse") & (board["task"] == "a")]
+    assert mse[mse["model"] == "wild"]["rank"].iloc[0] == mse["rank"].max()
+    base, own = (mse[mse["model"] == m]["value"].iloc[0] for m in ("training_mean", "own"))
+    assert base == pytest.approx(own, rel=1e-5)
+    page = (tmp_path / "page.html").read_text()
+    assert "data:image/png;base64" in page and 'src="http' not in page and "wild" in page
+    from scpert.pl._benchmark import leaderboard as draw
+
+    for kind in ("forest", "critical_difference"):
+        assert draw(board, metric="centroid_accuracy", kind=kind, show=False).get_xlabel()
+    with pytest.raises(ScpertError, match="kind='pie'"):
+        draw(board, kind="pie", show=False)
+    with pytest.raises(ScpertError, match="not in the results"):
+        benchmark.leaderboard(results, metrics=["rmse"])
+    with pytest.raises(ScpertError, match="lacks the column"):
+        benchmark.leaderboard(results.drop(columns="task"))
+
+
+def test_calibration_of_intervals(screen):
+    from scpert.pl._benchmark import calibration
+
+    truth = scpert.metrics.pseudobulk(screen)
+    predicted = truth.copy()
+    predicted.X = truth.X + np.random.default_rng(0).normal(0, 0.2, truth.shape)
+    predicted.layers["std"] = np.full(truth.shape, 0.2)
+    predicted.layers["lower"], predicted.layers["upper"] = predicted.X - 0.329, predicted.X + 0.329
+    ax = calibration(predicted, screen, show=False)
+    x, y = ax.lines[1].get_data()
+    np.testing.assert_allclose(x, y, atol=0.06)
+    del predicted.layers["std"], predicted.layers["lower"]
+    with pytest.raises(ScpertError, match="no intervals"):
+        calibration(predicted, screen, show=False)
+
+
+def test_exchange_with_cell_eval(screen, tmp_path):
+    predicted = scpert.metrics.pseudobulk(screen)
+    real, other = benchmark.export_cell_eval(predicted, screen, tmp_path)
+    back, observed, table = benchmark.import_cell_eval(tmp_path)
+    assert table is None and real.exists() and other.exists()
+    assert list(back.var_names) == list(observed.var_names)
+    assert set(back.obs["perturbation"]) == set(observed.obs["perturbation"])
+    assert (scpert.metrics.evaluate(back, observed, level="pseudobulk", metrics=["mse"])["mse"] < 1e-9).all()
+    with pytest.raises(ScpertError, match="holds neither"):
+        benchmark.import_cell_eval(tmp_path / "nowhere")
+
+
+def test_command_line(screen, tmp_path, capsys):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    arguments = [
+        "--data",
+        str(tmp_path / "screen.h5ad"),
+        "--models",
+        "nochange",
+        "--split",
+        "perturbations",
+        "--seeds",
+        "1",
+    ]
+    arguments += ["--out", str(tmp_path / "out"), "--metrics", "mse", "--fractions", "0.5,0.25,0.25"]
+    parsed = benchmark.add_arguments(argparse.ArgumentParser()).parse_args(arguments)
+    assert benchmark.main(parsed) == 0
+    assert "training_mean" in capsys.readouterr().out
+    assert (tmp_path / "out" / "leaderboard.html").exists()
+
+
+def test_errors(screen, tmp_path):
+    with pytest.raises(ScpertError, match="Did you mean 'PerturbedMean'"):
+        benchmark.run([_task(screen)], ["PerturbedMaen"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="is not known. TASKS has"):
+        benchmark.run(["nothing"], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="occur twice"):
+        benchmark.run([_task(screen)], ["NoChange", "NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="split='random'"):
+        Task("x", screen, "random")
+    with pytest.raises(ScpertError, match="seeds is empty"):
+        benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
