@@ -81,7 +81,9 @@ def grn(
     if gene is not None:
         touches = (net[K.SOURCE] == gene) | (net[K.TARGET] == gene)
         if not touches.any():
-            raise ScpertError(f"The network has no edge of {gene!r}. It has regulators such as {listing(net[K.SOURCE].unique(), 5)}.")
+            raise ScpertError(
+                f"The network has no edge of {gene!r}. It has regulators such as {listing(net[K.SOURCE].unique(), 5)}."
+            )
         near = set(net.loc[touches, K.SOURCE]) | set(net.loc[touches, K.TARGET])
         net = net[net[K.SOURCE].isin(near) & net[K.TARGET].isin(near)]
     net = net.iloc[np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")]
@@ -111,7 +113,9 @@ def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | No
     width = 1.6 * np.sqrt(sum(len(p) for p in parts))
     for nodes in parts:
         size = 0.75 * np.sqrt(len(nodes)) + 0.35
-        layout = nx.spring_layout(graph.subgraph(sorted(nodes)), seed=random_state, k=1.6 / np.sqrt(len(nodes)), weight=None)
+        layout = nx.spring_layout(
+            graph.subgraph(sorted(nodes)), seed=random_state, k=1.6 / np.sqrt(len(nodes)), weight=None
+        )
         if x > 0 and x + size > width:
             x, y, row_height = 0.0, y - row_height, 0.0
         for node, p in layout.items():
@@ -225,6 +229,15 @@ def grn_evaluation(
     Returns
     -------
     Axes, or the figure.
+
+    Examples
+    --------
+    >>> import scpert
+    >>> adata = scpert.datasets.simulated(n_cells=600, n_genes=40, n_targets=5)
+    >>> train, test = adata[::2].copy(), adata[1::2].copy()
+    >>> scpert.tl.infer_grn(train)
+    >>> table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10))
+    >>> ax = scpert.pl.grn_evaluation(table[table["evidence"] == "interventions"])
     """
     if metric not in table.columns:
         raise MissingKeyError(f"The table has no column {metric!r}; it has {listing(table.columns, 20)}.")
