@@ -205,3 +205,52 @@ def test_gpovae_recovers_effects_and_beats_few_noisy_cells():
         ours = model.predict_perturbation(list(model.effects_.labels)).layers["delta"]
         better.append(((model.effects_.delta - truth) ** 2).mean() - ((ours - truth) ** 2).mean())
     assert np.mean(better) > 0
+
+
+def test_unseen_targets_need_knowledge_and_use_it():
+    """Effects shared within modules: the rows of a held-out gene come from its module; without knowledge it is refused."""
+    adata = scpert.datasets.simulated(
+        n_cells=3000,
+        n_genes=80,
+        n_targets=24,
+        n_combinations=0,
+        n_modules=3,
+        n_regulators=30,
+        mean_out_degree=10,
+        platform="targeted",
+        random_state=0,
+    )
+    knowledge = {"modules": adata.uns["truth"]["annotations"]}
+    held = sorted(set(adata.obs["perturbation"]) - {"control"})[::4]
+    adata.obs["split"] = np.where(adata.obs["perturbation"].isin(held), "test", "train")
+    GPOVAE.setup_anndata(adata, split_key="split")
+    plain = GPOVAE(adata, n_latent=4, n_hidden=16)
+    plain.train(max_epochs=4, batch_size=64)
+    assert plain.scope == "combinations"
+    with pytest.raises(scpert.errors.UnknownTargetError, match="cannot predict"):
+        plain.predict_perturbation(held[0])
+    model = GPOVAE(adata, n_latent=4, n_hidden=16, knowledge=knowledge)
+    model.train(max_epochs=4, batch_size=64)
+    out = model.predict_perturbation(held)
+    assert set(out.obs["status"]) == {"unseen"} and model.scope == "unseen"
+    moments = scpert.data.Screen(adata).moments()
+    row = {g: i for i, g in enumerate(moments.groups)}
+    truth = np.stack([moments.mean[row[x]] - moments.mean[row["control"]] for x in held])
+    mean = np.tile(model.effects_.mean, (len(held), 1))
+    r = [np.corrcoef(a, b)[0, 1] for a, b in zip(out.layers["delta"], truth, strict=True)]
+    base = [np.corrcoef(a, b)[0, 1] for a, b in zip(mean, truth, strict=True)]
+    assert np.mean(r) > np.mean(base)
+
+
+def test_explain_and_iwelbo(small_screen):
+    GPOVAE.setup_anndata(small_screen, split_key="split")
+    model = GPOVAE(small_screen, n_latent=4, n_hidden=8)
+    model.train(max_epochs=3, batch_size=64)
+    label = model.effects_.labels[0]
+    paths = model.explain(label, n_edges=10)
+    assert list(paths.columns) == ["hop", "source", "target", "weight"]
+    assert set(paths.loc[paths["hop"] == 0, "source"]) <= set(label.split("+"))
+    few, many = (model.get_iwelbo(split="test", n_samples=n) for n in (1, 50))
+    assert few < many < 0  # the bound tightens with the number of draws
+    with pytest.raises(scpert.errors.UnknownTargetError):
+        model.explain("NOSUCHGENE")

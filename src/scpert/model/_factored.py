@@ -19,11 +19,12 @@ from .._progress import progress
 from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
-from ..data._perturbation import encode, join, multi_hot
+from ..data._perturbation import encode, join, multi_hot, parse
 from ..errors import ScpertError
 from ..module._factored import FactoredModule
-from ..nn._stats import ExpectedLog1p
+from ..nn._stats import ExpectedLog1p, nb_log_prob
 from ._base import PerturbationModel, Prediction, Reference
+from ._knowledge import read_knowledge
 
 __all__ = ["CPAVAE", "CRADLEVAE", "GPOVAE", "SAMSVAE"]
 
@@ -255,6 +256,10 @@ class _Factored(PerturbationModel):
         theta = torch.exp(self.module.log_theta).detach().cpu().numpy()
         return ExpectedLog1p(theta, self.reference_.library)
 
+    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
+        """Shift ``(target, gene)`` for targets that the model was not trained on, from prior knowledge."""
+        raise NotImplementedError
+
     def _effect(self, targets: list[tuple[str, ...]]) -> torch.Tensor:
         """Posterior mean effect of each set of targets, ``(perturbation, width)``."""
         with torch.inference_mode():
@@ -270,6 +275,10 @@ class _Factored(PerturbationModel):
 
     def _network_delta(self, targets: list[tuple[str, ...]], reference: Reference, batch_size: int) -> np.ndarray:
         """Shift that the network alone predicts, log1p CP10k ``(perturbation, gene)``; paired with its own control."""
+        return self._decode_effects(self._effect(targets), reference)
+
+    def _decode_effects(self, effect: torch.Tensor, reference: Reference) -> np.ndarray:
+        """Shift of the mean log1p CP10k under each effect ``(perturbation, width)``."""
         if len(reference) > _PREDICT_CELLS:
             reference = reference.take(np.linspace(0, len(reference) - 1, _PREDICT_CELLS).astype(int))
         z, covariates = self._basal(reference)
@@ -277,35 +286,41 @@ class _Factored(PerturbationModel):
         with torch.inference_mode():
             zero = torch.zeros(self.module.width, device=self.device)
             start = expected(self.module.predict(z, zero, covariates)).mean(0)
-            effect = self._effect(targets)
-            out = np.empty((len(targets), self.n_genes), dtype=np.float32)
-            for i in progress(range(len(targets)), description="predict", unit="perturbation"):
+            out = np.empty((len(effect), self.n_genes), dtype=np.float32)
+            for i in progress(range(len(effect)), description="predict", unit="perturbation"):
                 out[i] = (expected(self.module.predict(z, effect[i], covariates)).mean(0) - start).cpu().numpy()
         return out
 
-    def _residual(self, targets: tuple[str, ...]) -> np.ndarray | None:
-        if self.shrinkage_ is None:
-            return None
+    def _residual(self, targets: tuple[str, ...]) -> np.ndarray:
+        """What measured effects add to the network's shift."""
         row = self.effects_.row.get(join(targets, self.control_))
         if row is not None:
             return self.shrinkage_[row]
         rows = [self.effects_.singles[t] for t in targets if t in self.effects_.singles]
-        return self.shrinkage_[rows].sum(axis=0) if rows else None
+        return self.shrinkage_[rows].sum(axis=0)
 
     def _predict_delta(
         self, targets: list[tuple[str, ...]], reference: Reference, rng: np.random.Generator, batch_size: int
     ) -> Prediction:
-        delta = self._network_delta(targets, reference, batch_size)
-        std = None
-        if self.shrinkage_ is not None:
-            std = np.full_like(delta, np.nan)
-            for i, t in enumerate(targets):
-                residual = self._residual(t)
-                if residual is not None:
-                    delta[i] += residual
-                row = self.effects_.row.get(join(t, self.control_))
+        trained = [tuple(t for t in wanted if t in self._trained_targets) for wanted in targets]
+        unseen = sorted({t for wanted in targets for t in wanted if t not in self._trained_targets})
+        delta = np.zeros((len(targets), self.n_genes), dtype=np.float32)
+        std = None if self.shrinkage_ is None else np.full_like(delta, np.nan)
+        some = [i for i, t in enumerate(trained) if t]
+        if some:
+            delta[some] = self._network_delta([trained[i] for i in some], reference, batch_size)
+        if std is not None:
+            for i in some:
+                delta[i] += self._residual(trained[i])
+                row = self.effects_.row.get(join(targets[i], self.control_))
                 if row is not None:
                     std[i] = self.spread_[row]
+        if unseen:
+            shift = dict(zip(unseen, self._unseen_delta(unseen, reference, batch_size), strict=True))
+            for i, wanted in enumerate(targets):
+                for t in wanted:
+                    if t in shift:
+                        delta[i] += shift[t]
         return Prediction(delta, std)
 
     def _predict_cells(
@@ -317,6 +332,8 @@ class _Factored(PerturbationModel):
         batch_size: int,
     ) -> np.ndarray:
         """Counts drawn from the decoder, as log1p CP10k; rates are scaled so that the mean shift is ``delta``."""
+        if any(t not in self._trained_targets for t in targets):  # no row of its own: shift the cells
+            return super()._predict_cells(targets, delta, reference, rng, batch_size)
         z, covariates = self._basal(reference)
         effect = self._effect([targets])[0]
         expected = self._expected
@@ -607,6 +624,11 @@ class GPOVAE(_Factored):
         Draws of the latents per training step (the paper uses 5).
     effect_scale
         Prior standard deviation of an effect, in log fold changes.
+    knowledge
+        Prior knowledge about genes, as in :class:`KnowledgeGP`: name -> annotations, net or embedding. With it the model
+        predicts targets that were never perturbed: their rows of mask x effect come from those of the training targets
+        by a Gaussian process whose kernels and noise are learned from the training targets by leave-one-out. Without it
+        such targets are refused.
     shrinkage
         Combine the network's shift with the measured shift of training cells by empirical Bayes; default: unless
         ``published``.
@@ -644,10 +666,14 @@ class GPOVAE(_Factored):
         fold_change_threshold: float = 0.5,
         n_particles: int = 1,
         effect_scale: float = 1.0,
+        knowledge: Mapping[str, pd.DataFrame] | pd.DataFrame | None = None,
         shrinkage: bool | None = None,
         random_state: int = 0,
     ):
         super().__init__(adata, registry)
+        self._features = read_knowledge(knowledge)
+        if self._features:
+            self.scope = "unseen"
         check_fraction("mask_prior", mask_prior)
         for name, value in (
             ("n_hops", n_hops),
@@ -710,12 +736,144 @@ class GPOVAE(_Factored):
         order = np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")
         return net.iloc[order].reset_index(drop=True)
 
+    # ------------------------------------------------------------------------------------------ prior knowledge
+
+    def _graph_targets(self) -> frozenset[str]:
+        return frozenset().union(*(f.known for f in self._features.values())) if self._features else frozenset()
+
+    def _covers(self, target: str) -> bool:
+        return target in self._graph_targets()
+
+    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
+        r"""Mean effect plus a share of what the network makes of the rows that knowledge predicts.
+
+        Rows of mask x effect come from :class:`KnowledgeGP` on the rows of the training targets. Its leave-one-out rows,
+        decoded, are compared with the measured effects of the training targets; the share is the slope, in [0, 1], so
+        that knowledge which does not help leaves the mean.
+        """
+        from ._gp import KnowledgeGP
+
+        if "_row_process" not in self.__dict__:
+            singles = [t for t in self.targets_ if t in self.effects_.singles]
+            position = {t: i for i, t in enumerate(self.targets_)}
+            with torch.inference_mode():
+                index = torch.tensor([position[t] for t in singles], dtype=torch.long, device=self.device)
+                rows = self.module.mean_rows(index).cpu().numpy()
+            table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
+            table.var_names = self.genes_
+            KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
+            process = KnowledgeGP(table, knowledge=self._options["knowledge"])
+            process.train()
+            share, centre = 0.0, np.zeros(self.n_genes)
+            if len(process.loo_) >= 3:
+                loo = self._decode_effects(torch.from_numpy(process.loo_.astype(np.float32)).to(self.device), self.reference_)
+                centre = loo.mean(axis=0)
+                measured = self.effects_.delta[[self.effects_.singles[t] for t in process.singles_]]
+                x, y = loo - centre, measured - measured.mean(axis=0)
+                share = float(np.clip((x * y).sum() / max((x**2).sum(), 1e-12), 0.0, 1.0))
+            self.__dict__["_row_process"] = (process, share, centre)
+        process, share, centre = self.__dict__["_row_process"]
+        rows = np.asarray(process.predict_perturbation(targets, on_unknown="mean")[targets].layers[K.DELTA])
+        shift = self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)
+        return self.effects_.mean + share * (shift - centre)
+
+    # ------------------------------------------------------------------------------------------ explanation and fit
+
+    def explain(self, perturbation: str, *, n_edges: int = 30) -> pd.DataFrame:
+        """The edges over which a perturbation reaches genes in the model's network, hop by hop.
+
+        Parameters
+        ----------
+        perturbation
+            A label whose targets were trained on.
+        n_edges
+            Strongest contributions to return.
+
+        Returns
+        -------
+        DataFrame ``hop, source, target, weight``: the signed contribution of each edge to the K-hop accumulation that
+        the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
+        """
+        self._check_trained()
+        targets = parse(perturbation, self.control_)
+        missing = [t for t in targets if t not in self._trained_targets]
+        if missing:
+            raise self._refuse(perturbation, targets)
+        m = self.module
+        with torch.inference_mode():
+            A = m.adjacency().cpu().numpy()
+        rows, columns = m.hop_rows.cpu().numpy(), m.hop_columns.cpu().numpy()
+        own = self._target_gene >= 0
+        A[np.flatnonzero(own), self._target_gene[own]] = 0.0
+        square = np.abs(A[rows][:, columns])
+        scale = max(1.0, float(np.sqrt(square.sum(0).max(initial=0) * square.sum(1).max(initial=0)))) / m.hop_decay
+        genes, names = np.asarray(self.genes_, dtype=object), np.asarray(self.targets_, dtype=object)
+        position = {t: i for i, t in enumerate(self.targets_)}
+        parts = []
+        start = A[[position[t] for t in targets]]
+        for t, row in zip(targets, start, strict=True):
+            parts.append(pd.DataFrame({"hop": 0, K.SOURCE: t, K.TARGET: genes, K.WEIGHT: row}))
+        step = start.sum(axis=0)
+        for hop in range(1, m.n_hops + 1):
+            passed = step[columns] / scale
+            contribution = passed[:, None] * A[rows]
+            i, j = np.nonzero(np.abs(contribution) > 1e-6)
+            table = {"hop": hop, K.SOURCE: names[rows[i]], K.TARGET: genes[j], K.WEIGHT: contribution[i, j]}
+            parts.append(pd.DataFrame(table))
+            step = contribution.sum(axis=0)
+        out = pd.concat(parts, ignore_index=True)
+        out = out[out[K.WEIGHT] != 0]
+        return out.iloc[np.argsort(-out[K.WEIGHT].abs().to_numpy(), kind="stable")[:n_edges]].reset_index(drop=True)
+
+    def get_iwelbo(self, *, split: str = K.TEST, n_samples: int = 100, batch_size: int = 256) -> float:
+        r"""Importance-weighted bound on the log-likelihood per cell, on cells of one part of the split.
+
+        .. math:: \frac{1}{n} \sum_i \log \frac{1}{S} \sum_{s=1}^{S}
+            \frac{p(x_i \mid z_s, p_i)\, p(z_s)}{q(z_s \mid x_i, p_i)}
+
+        with the effects at their posterior mean: the bound of the cells given what was learned of the perturbations.
+
+        Parameters
+        ----------
+        split
+            ``"test"``, ``"val"`` or ``"train"``; without a ``split_key`` all cells are training cells.
+        n_samples
+            Draws :math:`S` per cell (the papers use 100).
+        batch_size
+            Cells at a time.
+        """
+        self._check_trained()
+        tensors = ScreenTensors(self._screen, self._field_state, self.setup_args_)
+        part = np.full(tensors.n_cells, K.TRAIN, dtype=object) if tensors.split is None else tensors.split
+        rows = np.flatnonzero((part == split) & np.isin(tensors.labels, [*self.effects_.labels, self.control_]))
+        if len(rows) == 0:
+            raise ScpertError(f"No cell of a trained perturbation is in split={split!r}.")
+        m, device, total = self.module, self.device, 0.0
+        with self._seeded(0), torch.inference_mode():
+            for start in progress(range(0, len(rows), batch_size), description="IWELBO", unit="batch"):
+                batch = {k: v.to(device) for k, v in tensors.batch(rows[start : start + batch_size]).items()}
+                targets, member, which = m.distinct(batch["codes"])
+                effect = (member @ m.mean_rows(targets), which)
+                artefact = batch["quality"] * m.quality_loc if m.use_quality else None
+                covariates = m.one_hot(batch["covariates"])
+                loc, log_scale = m.encode(batch["x"], batch["library"], effect, artefact, covariates)
+                weights = []
+                for _ in range(n_samples):
+                    noise = torch.randn_like(loc)
+                    z = loc + torch.exp(log_scale) * noise
+                    mean = batch["library"] * torch.exp(m.decode(z, effect, artefact, covariates)) + 1e-8
+                    log_p = nb_log_prob(batch["x"], mean, m.log_theta).sum(1)
+                    weights.append(log_p + (0.5 * noise**2 - 0.5 * z**2 + log_scale).sum(1))
+                total += float((torch.logsumexp(torch.stack(weights), 0) - np.log(n_samples)).sum())
+        return total / len(rows)
+
     def train(self, max_epochs: int | None = None, **kwargs: Any) -> None:
         """Train; see :meth:`PerturbationModel.train`. ``published=True`` draws matched controls as partners."""
         if self.module.published and self.setup_args_["matched_control_key"] is None:
             logger.info("no matched_control_key: controls of the same covariates are drawn at random as partners")
         if self._screen.adata.n_obs < 2:
             raise ScpertError("Training needs more than one cell.")
+        self.__dict__.pop("_row_process", None)
         super().train(max_epochs, **kwargs)
 
 
