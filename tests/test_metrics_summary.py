@@ -143,7 +143,7 @@ def test_nothing_to_predict_without_effect(seed):
     base = metrics.evaluate(metrics.training_mean(reference), reference)
     top = metrics.ceiling(reference, n_draws=10, random_state=seed)
     own = metrics.evaluate(metrics.pseudobulk(train), reference)
-    names = [m for m in ("pearson_delta", "pearson_delta_centroid", "mse", "mae", "centroid_accuracy", "r2_delta")]
+    names = ["pearson_delta", "pearson_delta_centroid", "mse", "mae", "centroid_accuracy", "r2_delta"]
     out = metrics.summarise(own, base, top, metrics=names)
     assert out["score"].isna().all(), out
     assert out["verdict"].str.startswith("nothing to predict here").all(), out
