@@ -109,14 +109,25 @@ def test_order_of_genes_and_rows_does_not_matter(truth, train):
     drawn = {"energy_distance", "energy_distance_normalised", "mmd", "sliced_wasserstein"}  # sign of components
     same = [c for c in a.columns if c not in drawn]
     pd.testing.assert_frame_equal(a[same], b.loc[a.index, same], check_exact=False, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(a[["energy_distance", "mmd"]], b.loc[a.index, ["energy_distance", "mmd"]], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        a[["energy_distance", "mmd"]], b.loc[a.index, ["energy_distance", "mmd"]], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_noise_makes_it_worse(truth, train):
     """Mean loss over perturbations and draws rises with each step of noise."""
     reference = metrics.Reference(truth, train)
     perfect = metrics.pseudobulk(truth)
-    chosen = ["mse", "mae", "mse_delta", "pearson_delta", "pearson_delta_centroid", "spearman_delta", "r2_delta", "wmse"]
+    chosen = [
+        "mse",
+        "mae",
+        "mse_delta",
+        "pearson_delta",
+        "pearson_delta_centroid",
+        "spearman_delta",
+        "r2_delta",
+        "wmse",
+    ]
     chosen += ["discrimination_score_l2", "centroid_accuracy", "retrieval_l2_no_targets", "l2", "cosine_delta"]
     losses = []
     for sd in (0.0, 0.3, 1.5, 6.0):
@@ -178,7 +189,10 @@ def test_values_against_scipy(truth, train):
                 wins.append(cdist([dh[both]], [a], kind).item() < cdist([dh[both]], [b], kind).item())
             name = {"cityblock": "l1", "euclidean": "l2", "cosine": "cosine"}[kind]
             assert table.loc[p, f"retrieval_{name}_no_targets"] == pytest.approx(np.mean(wins))
-    stacked = np.concatenate([m[p] - m["control"] for p in PERTS]), np.concatenate([mh[p] - mh["control"] for p in PERTS])
+    stacked = (
+        np.concatenate([m[p] - m["control"] for p in PERTS]),
+        np.concatenate([mh[p] - mh["control"] for p in PERTS]),
+    )
     assert table["ate_pearson"].iloc[0] == pytest.approx(pearsonr(*stacked)[0])
 
 
@@ -239,10 +253,18 @@ def test_every_metric_is_described():
         assert m.level in ("pseudobulk", "cell", "set")
         assert all((m.definition, m.formula, m.source, m.exploit)), name
         assert m.definition.endswith("."), name
-    cell_eval = "pearson_delta mse mae mse_delta mae_delta pearson_edistance clustering_agreement pr_auc roc_auc".split()
+    cell_eval = (
+        "pearson_delta mse mae mse_delta mae_delta pearson_edistance clustering_agreement pr_auc roc_auc".split()
+    )
     cell_eval += [f"discrimination_score_{d}" for d in ("l1", "l2", "cosine")]
     cell_eval += [f"{kind}_at_{k}" for kind in ("overlap", "precision") for k in ("N", 50, 100, 200, 500)]
-    cell_eval += ["de_spearman_sig", "de_direction_match", "de_spearman_lfc_sig", "de_sig_genes_recall", "de_nsig_counts"]
+    cell_eval += [
+        "de_spearman_sig",
+        "de_direction_match",
+        "de_spearman_lfc_sig",
+        "de_sig_genes_recall",
+        "de_nsig_counts",
+    ]
     assert set(cell_eval) <= set(METRICS)
 
 

@@ -370,7 +370,7 @@ class _Random:
     """Random numbers for igraph from a seed of its own, as scanpy draws them."""
 
     def __init__(self, seed: int):
-        self._state = np.random.RandomState(seed)  # noqa: NPY002 - scanpy's stream
+        self._state = np.random.RandomState(seed)
 
     def getrandbits(self, k: int) -> int:
         return self._state.tomaxint() & ((1 << k) - 1)
