@@ -27,7 +27,9 @@ def read(path: Path) -> pd.DataFrame:
 
 def gene_sets(path: Path) -> pd.DataFrame:
     with gzip.open(path, "rt") as lines:
-        rows = [(gene, fields[0]) for fields in (x.rstrip("\n").split("\t") for x in lines) for gene in fields[2:] if gene]
+        rows = [
+            (gene, fields[0]) for fields in (x.rstrip("\n").split("\t") for x in lines) for gene in fields[2:] if gene
+        ]
     return pd.DataFrame(rows, columns=["gene", "term"])
 
 
@@ -121,11 +123,15 @@ def run(name: str, seed: int, only: list[str] | None) -> None:
     if "KnowledgeGP" in table:
         for key in table:
             if key != "KnowledgeGP":
-                gain = {m: np.nan_to_num(table["KnowledgeGP"][m]) - np.nan_to_num(table[key][m]) for m in ("r", "r_centred")}
+                gain = {
+                    m: np.nan_to_num(table["KnowledgeGP"][m]) - np.nan_to_num(table[key][m]) for m in ("r", "r_centred")
+                }
                 gain["mse"] = (table["KnowledgeGP"]["mse"] - table[key]["mse"]) / base
                 print(f"  minus {key:14s} " + "  ".join(f"{m} {bootstrap(v, rng)}" for m, v in gain.items()))
         covered = np.where(use, inside, np.nan)
-        print(f"  90 % limits cover {np.nanmean(covered):.3f}; between perturbations {np.nanstd(np.nanmean(covered, axis=1)):.3f}")
+        print(
+            f"  90 % limits cover {np.nanmean(covered):.3f}; between perturbations {np.nanstd(np.nanmean(covered, axis=1)):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""KnowledgeGP against brute force, on tables with and without structure, and with bad kernels."""
+
+from __future__ import annotations
+
+import logging
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import scpert
+from scpert.errors import ScpertError, UnknownTargetError
+from scpert.model import KnowledgeGP
+from scpert.model import _gp as gp
+
+
+def table(n=90, genes=40, n_groups=6, signal=1.0, seed=0) -> tuple[ad.AnnData, pd.DataFrame]:
+    """Effects that follow hidden groups, and annotations that name most of them right."""
+    rng = np.random.default_rng(seed)
+    member = rng.integers(0, n_groups, n)
+    X = 0.3 + signal * rng.normal(size=(n_groups, genes))[member] + 0.5 * rng.normal(size=(n, genes))
+    labels = [f"p{i}" for i in range(n)]
+    adata = ad.AnnData(
+        X.astype(np.float32),
+        obs=pd.DataFrame({"perturbation": labels}, index=labels),
+        var=pd.DataFrame(index=[f"g{i}" for i in range(genes)]),
+    )
+    noise = rng.integers(0, 8, n)
+    go = pd.DataFrame({"gene": labels * 2, "term": [f"t{m}" for m in member] + [f"n{m}" for m in noise]})
+    return adata, go
+
+
+def fit(adata, **options):
+    KnowledgeGP.setup_anndata(adata, scale="effects")
+    model = KnowledgeGP(adata, **options)
+    model.train()
+    return model
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    adata, go = table()
+    return adata, go, fit(adata[:60].copy(), knowledge={"go": go})
+
+
+def test_beats_the_mean_on_unseen_and_its_limits_cover(fitted):
+    adata, _, model = fitted
+    labels = list(adata.obs_names[60:])
+    out = model.predict_perturbation(labels)[labels]
+    mean = adata.X[:60].mean(axis=0)
+    assert ((out.X - adata.X[60:]) ** 2).mean() < 0.6 * ((mean - adata.X[60:]) ** 2).mean()
+    assert (out.obs["status"] == "unseen").all()
+    inside = (adata.X[60:] >= out.layers["lower"]) & (adata.X[60:] <= out.layers["upper"])
+    assert 0.82 < inside.mean() < 0.96
+    assert (out.layers["std"] > 0).all()
+
+
+def test_dual_coefficients_solve_the_kernel_system(fitted):
+    adata, _, model = fitted
+    names = list(model.singles_)
+    kernel = np.tensordot(model.theta_, model._stack(names, names), 1)
+    scores = (adata[names].X / model.scale_row_[:, None] - model.centre_) @ model.axes_.T
+    for k in (0, 3, 20):
+        A = kernel + model.noise_component_[k] * np.diag(model.noise_row_)
+        np.testing.assert_allclose(model.alpha_[:, k], np.linalg.solve(A, scores[:, k]), atol=1e-6)
+
+
+def test_leave_one_out_of_components_is_that_of_refitting():
+    rng = np.random.default_rng(0)
+    phi, y, root = rng.normal(size=(15, 4)), rng.normal(size=(15, 2)), np.sqrt(rng.uniform(0.5, 1.5, 15))
+    kernel = phi @ phi.T
+    values, vectors = np.linalg.eigh(kernel / np.outer(root, root))
+    error, choice = KnowledgeGP._component_noise(
+        None, np.maximum(values, 0), vectors, vectors.T @ (y / root[:, None]), root
+    )
+    for k in range(2):
+        A = kernel + gp._NOISE[choice[k]] * np.diag(root**2)
+        for i in range(15):
+            rest = [j for j in range(15) if j != i]
+            predicted = kernel[i, rest] @ np.linalg.solve(A[np.ix_(rest, rest)], y[rest, k])
+            assert y[i, k] - predicted == pytest.approx(error[i, k], abs=1e-8)
+
+
+def test_learning_finds_the_informative_kernel(fitted):
+    adata, go, _ = fitted
+    rng = np.random.default_rng(0)
+    junk = pd.DataFrame({"gene": adata.obs_names, "term": [f"x{i}" for i in rng.integers(0, 6, 90)]})
+    good = go[go["term"].str.startswith("t")]
+    share = fit(adata[:60].copy(), knowledge={"good": good, "junk": junk}).kernel_weights()["share"]
+    assert share["good"] > 5 * share["junk"]
+
+
+def test_gradient_of_the_loss():
+    rng = np.random.default_rng(0)
+    F, target, offset = rng.normal(size=(7, 4)), rng.normal(size=(7, 4)), rng.normal(size=4)
+    dot, length = rng.normal(size=7), rng.uniform(1, 2, 7)
+
+    def loss(x):
+        F2 = x.reshape(7, 4)
+        return gp._alignment(F2, offset, 2.0, target, dot, length)
+
+    _, gradient = loss(F.ravel())
+    step = 1e-6
+    for i in range(28):
+        d = np.zeros(28)
+        d[i] = step
+        numeric = (loss(F.ravel() + d)[0] - loss(F.ravel() - d)[0]) / (2 * step)
+        assert numeric == pytest.approx(gradient.ravel()[i], abs=1e-4)
+
+
+def test_a_gene_without_knowledge_has_exactly_the_mean(fitted):
+    adata, go, _ = fitted
+    model = fit(adata[:60].copy(), knowledge={"go": go[go["gene"] != "p70"]})
+    out = model.predict_perturbation(["p61", "p70"], on_unknown="mean")
+    np.testing.assert_array_equal(out["p70"].X[0], model.effects_.mean)
+    assert list(out.obs["status"]) == ["unseen", "fallback"]
+    alone = fit(adata[:60].copy())
+    measured = alone.predict_perturbation("g1")
+    assert measured.obs["status"].iloc[0] == "fallback"
+    np.testing.assert_array_equal(measured.X[0], alone.effects_.mean)
+
+
+def test_noise_alone_is_not_sold_as_signal():
+    adata, go = table(signal=0.0, seed=3)
+    out = fit(adata[:60].copy(), knowledge={"go": go}).predict_perturbation(list(adata.obs_names[60:]))
+    mean = adata.X[:60].mean(axis=0)
+    truth = adata[out.obs_names].X
+    assert ((out.X - truth) ** 2).mean() < 1.05 * ((mean - truth) ** 2).mean()
+
+
+def test_explanation_adds_up_and_names_the_group(fitted):
+    _, go, model = fitted
+    table_ = model.explain("p65", n_top=None)
+    assert table_["share"].sum() == pytest.approx(1.0)
+    group = go[go["term"].str.startswith("t")].set_index("gene")["term"]
+    top = table_[table_["kernel"] == "go"].head(5)
+    assert (group[top["training"]] == group["p65"]).mean() >= 0.8
+    with pytest.raises(UnknownTargetError, match="no table of knowledge"):
+        model.explain("nothing")
+
+
+def test_more_perturbations_than_are_learned_on(monkeypatch, fitted):
+    adata, go, full = fitted
+    monkeypatch.setattr(gp, "MAX_LEARN", 45)
+    part = fit(adata[:60].copy(), knowledge={"go": go})
+    labels = list(adata.obs_names[60:])
+    a, b = full.predict_perturbation(labels).X, part.predict_perturbation(labels).X
+    assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.97
+
+
+def test_indefinite_one_way_net_and_no_overlap(fitted, caplog):
+    adata, go, _ = fitted
+    rng = np.random.default_rng(0)
+    net = pd.DataFrame(
+        {
+            "source": rng.choice(adata.obs_names, 200),
+            "target": rng.choice(adata.obs_names, 200),
+            "weight": rng.normal(size=200),
+        }
+    )
+    other = pd.DataFrame({"source": ["a"], "target": ["b"]})
+    with caplog.at_level(logging.WARNING, logger="scpert"):
+        model = fit(adata[:60].copy(), knowledge={"net": net, "go": go, "other": other})
+    assert "knowledge['other'] knows 0" in caplog.text
+    assert np.isfinite(model.predict_perturbation("p65").X).all()
+    with pytest.raises(ScpertError, match="rank"):
+        fit(adata[:60].copy(), knowledge={"go": go}, rank=0)
+
+
+def test_combinations_learn_saturation():
+    rng = np.random.default_rng(0)
+    n, genes = 20, 30
+    singles = rng.normal(size=(n, genes))
+    pairs = [(i, j) for i in range(n) for j in range(i + 1, n)][::4]
+    X = np.vstack([singles, [0.6 * (singles[i] + singles[j]) + 0.1 * rng.normal(size=genes) for i, j in pairs]])
+    labels = [f"p{i}" for i in range(n)] + [f"p{min(a, b, key=str)}+p{max(a, b, key=str)}" for a, b in pairs]
+    adata = ad.AnnData(X.astype(np.float32), obs=pd.DataFrame({"perturbation": labels}, index=labels))
+    adata.var_names = [f"g{i}" for i in range(genes)]
+    train = np.arange(len(labels)) % 3 != 2
+    train[:n] = True
+    model = fit(adata[train].copy())
+    additive = scpert.model.Additive
+    additive.setup_anndata(adata_ := adata[train].copy(), scale="effects")
+    plain = additive(adata_)
+    plain.train()
+    held = adata[~train]
+    ours = model.predict_perturbation(list(held.obs_names))
+    theirs = plain.predict_perturbation(list(held.obs_names))
+    truth = {tuple(sorted(x.split("+"))): row for x, row in zip(held.obs_names, held.X, strict=True)}
+
+    def error(out):
+        return np.mean(
+            [(truth[tuple(sorted(x.split("+")))] - row) ** 2 for x, row in zip(out.obs_names, out.X, strict=True)]
+        )
+
+    assert error(ours) < 0.3 * error(theirs)
+
+
+def test_known_errors_shrink_a_trained_effect(fitted):
+    adata, go, _ = fitted
+    noisy = adata[:60].copy()
+    noisy.layers["std_error"] = np.full(noisy.shape, 0.05, dtype=np.float32)
+    noisy.layers["std_error"][3] = 3.0
+    model = fit(noisy, knowledge={"go": go})
+    out = model.predict_perturbation(["p3", "p4"])
+    moved = np.abs(out.X - noisy[["p3", "p4"]].X).mean(axis=1)
+    assert moved[0] > 10 * moved[1]
+    assert model.noise_row_[list(model.singles_).index("p3")] > 3 * np.median(model.noise_row_)
+
+
+def test_save_and_load(fitted, tmp_path):
+    adata, _, model = fitted
+    model.save(tmp_path / "m")
+    loaded = KnowledgeGP.load(tmp_path / "m")
+    labels = list(adata.obs_names[58:64])
+    a, b = model.predict_perturbation(labels), loaded.predict_perturbation(labels)
+    np.testing.assert_allclose(a.X, b.X, atol=1e-6)
+    np.testing.assert_allclose(a.layers["lower"], b.layers["lower"], atol=1e-5)
+    pd.testing.assert_frame_equal(model.explain("p65"), loaded.explain("p65"))
