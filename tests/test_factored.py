@@ -51,8 +51,8 @@ def test_negative_binomial_equals_scipy():
     rng = np.random.default_rng(0)
     mean, theta = rng.gamma(2, 3, (20, 5)), rng.gamma(2, 1, 5)
     x = rng.poisson(mean)
-    ours = nb_log_prob(torch.tensor(x).double(), torch.tensor(mean), torch.tensor(np.log(theta)))
-    np.testing.assert_allclose(ours.numpy(), stats.nbinom.logpmf(x, theta, theta / (theta + mean)), rtol=1e-8)
+    ours = nb_log_prob(torch.tensor(x).double(), torch.tensor(np.log(mean)), torch.tensor(np.log(theta)))
+    np.testing.assert_allclose(ours.numpy(), stats.nbinom.logpmf(x, theta, theta / (theta + mean)).sum(1), rtol=1e-8)
 
 
 def test_straight_through_mask_is_binary_and_has_the_right_mean():

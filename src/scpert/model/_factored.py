@@ -861,8 +861,8 @@ class GPOVAE(_Factored):
                 for _ in range(n_samples):
                     noise = torch.randn_like(loc)
                     z = loc + torch.exp(log_scale) * noise
-                    mean = batch["library"] * torch.exp(m.decode(z, effect, artefact, covariates)) + 1e-8
-                    log_p = nb_log_prob(batch["x"], mean, m.log_theta).sum(1)
+                    log_mean = torch.log(batch["library"]) + m.decode(z, effect, artefact, covariates)
+                    log_p = nb_log_prob(batch["x"], log_mean, m.log_theta)
                     weights.append(log_p + (0.5 * noise**2 - 0.5 * z**2 + log_scale).sum(1))
                 total += float((torch.logsumexp(torch.stack(weights), 0) - np.log(n_samples)).sum())
         return total / len(rows)

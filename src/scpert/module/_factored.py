@@ -16,6 +16,7 @@ from ..nn._stats import (
     bernoulli_kl,
     k_hop,
     k_hop_scale,
+    nb_constant,
     nb_log_prob,
     normal_kl,
     normal_kl_pair,
@@ -187,11 +188,22 @@ class FactoredModule(BaseModuleClass):
         """Network input: standardised log1p, of raw counts (published) or of CP10k."""
         return (torch.log1p(x if self.published else x / library * K.TARGET_SUM) - self.x_mean) / self.x_std
 
+    def embed(self, x: Tensor, library: Tensor) -> Tensor:
+        """What the encoder's first layer makes of the counts: the same for every draw of the effects."""
+        return self.encoder.first.parts[0](self.standardise(x, library))
+
     def encode(
-        self, x: Tensor, library: Tensor, effect: tuple[Tensor, Tensor], artefact: Tensor | None, covariates: Tensor | None
+        self,
+        x: Tensor,
+        library: Tensor,
+        effect: tuple[Tensor, Tensor],
+        artefact: Tensor | None,
+        covariates: Tensor | None,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Location and log-scale of q(z_b | x, p, q), ``(cell, n_latent)`` each."""
-        hidden = self.encoder(self.standardise(x, library), effect, artefact, covariates)
+        embedded = self.embed(x, library) if embedded is None else embedded
+        hidden = self.encoder(None, effect, artefact, covariates, start=embedded)
         loc, log_scale = self.encoder_head(hidden).chunk(2, dim=1)
         return loc, log_scale.clamp(-6, 4) - 1.0
 
@@ -215,8 +227,9 @@ class FactoredModule(BaseModuleClass):
         return F.log_softmax(logits, dim=1)
 
     @auto_move_data
-    def inference(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def inference(self, tensors: dict[str, Tensor], embedded: Tensor | None = None) -> dict[str, Any]:
         """Sample global rows and the basal state of each cell."""
+        embedded = self.embed(tensors["x"], tensors["library"]) if embedded is None else embedded
         rows, member, which = self.distinct(tensors["codes"])
         effects, row_kl = self.sample_rows(rows)
         perturbation = member @ effects
@@ -227,10 +240,11 @@ class FactoredModule(BaseModuleClass):
             artefact = tensors["quality"] * draw
         covariates = self.one_hot(tensors["covariates"])
         effect = (perturbation, which)
-        loc, log_scale = self.encode(tensors["x"], tensors["library"], effect, artefact, covariates)
+        loc, log_scale = self.encode(tensors["x"], tensors["library"], effect, artefact, covariates, embedded)
         z = loc + torch.exp(log_scale) * torch.randn_like(loc)
         return {
             "z": z,
+            "embedded": embedded,
             "loc": loc,
             "log_scale": log_scale,
             "effect": effect,
@@ -258,17 +272,16 @@ class FactoredModule(BaseModuleClass):
     ) -> LossOutput:
         """Negative ELBO per cell plus the alignment terms."""
         o, x, library = inference_outputs, tensors["x"], tensors["library"]
-        x_lgamma = torch.lgamma(x + 1)
+        constant, log_library = nb_constant(x, self.log_theta), torch.log(library)
 
         def reconstruct(log_rho: Tensor) -> Tensor:
-            mean = library * torch.exp(log_rho) + 1e-8
-            return -nb_log_prob(x, mean, self.log_theta, x_lgamma).sum(1)
+            return -nb_log_prob(x, log_library + log_rho, self.log_theta, constant)
 
         reconstruction = reconstruct(generative_outputs["log_rho"])
         kl_rows = o["kl_rows"]
         if self.training and self.n_particles > 1:  # further draws of every latent
             for _ in range(self.n_particles - 1):
-                again = self.inference(tensors)
+                again = self.inference(tensors, o["embedded"])
                 reconstruction = reconstruction + reconstruct(self.generative(tensors, again)["log_rho"])
             reconstruction = reconstruction / self.n_particles
         kl_cell = normal_kl(o["loc"], o["log_scale"]).sum(1)
@@ -306,7 +319,9 @@ class FactoredModule(BaseModuleClass):
         covariates = None if o["covariates"] is None else o["covariates"][has]
         other_library = tensors["other_library"][has]
         real = self.encode(tensors["other_x"][has], other_library, (rows, which[has]), flipped, covariates)
-        told = self.encode(tensors["x"][has], tensors["library"][has], (rows, which[has]), flipped, covariates)
+        told = self.encode(
+            tensors["x"][has], tensors["library"][has], (rows, which[has]), flipped, covariates, o["embedded"][has]
+        )
         return normal_kl_pair(*real, *told).sum(1).mean()
 
     def adjacency(self, rows: Tensor | None = None) -> Tensor:
@@ -321,11 +336,16 @@ class FactoredModule(BaseModuleClass):
         return strength if mask is None else mask * strength
 
     def _alignment(self, rows: Tensor) -> Tensor:
-        """Weighted squared distance of the K-hop accumulation from the signed evidence, for the rows in the batch."""
+        """Weighted squared distance of the K-hop accumulation from the signed evidence, for the rows in the batch.
+
+        The network that passes effects on is held fixed within a step: gradients reach the rows in the batch, each of
+        which has evidence of its own, and not all rows through every hop.
+        """
         if self.n_hops and len(self.hop_rows):
-            full = self.adjacency(self.hop_rows)
-            order = torch.arange(len(self.hop_rows), device=rows.device)
-            scale = k_hop_scale(full.detach(), self.hop_columns, order) / self.hop_decay
+            with torch.no_grad():
+                full = self.adjacency(self.hop_rows)
+                order = torch.arange(len(self.hop_rows), device=rows.device)
+                scale = k_hop_scale(full, self.hop_columns, order) / self.hop_decay
             total = k_hop(self.adjacency(rows), full, self.hop_columns, order, self.n_hops, scale)
         else:
             total = self.adjacency(rows)

@@ -26,9 +26,12 @@ class SplitLinear(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.uniform_(layer.weight, -(total**-0.5), total**-0.5)
 
-    def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-        """Sum of the parts; a part may be ``(rows, index)``: rows are multiplied, then gathered by index."""
-        out = self.bias
+    def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None, start: Tensor | None = None) -> Tensor:
+        """Sum of the parts; a part may be ``(rows, index)``: rows are multiplied, then gathered by index.
+
+        ``start`` is the product of parts that the caller has computed before and gives as ``None`` now.
+        """
+        out = self.bias if start is None else self.bias + start
         for layer, value in zip(self.parts, inputs, strict=True):
             if value is None or not isinstance(layer, nn.Linear):
                 continue
@@ -50,9 +53,9 @@ class MLP(nn.Module):
         self.rest = nn.ModuleList([nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1)])
         self.activation = nn.LeakyReLU()
 
-    def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, *inputs: Tensor | tuple[Tensor, Tensor] | None, start: Tensor | None = None) -> Tensor:
         """Hidden values ``(cell, n_hidden)``."""
-        h = self.activation(self.norm(self.first(*inputs)))
+        h = self.activation(self.norm(self.first(*inputs, start=start)))
         for layer in self.rest:
             h = h + self.activation(layer(h))
         return h

@@ -14,8 +14,10 @@ __all__ = [
     "bernoulli_kl",
     "k_hop",
     "k_hop_scale",
+    "nb_constant",
     "nb_log_prob",
     "normal_kl",
+    "normal_kl_pair",
     "straight_through_bernoulli",
 ]
 
@@ -50,30 +52,39 @@ def normal_kl_pair(loc_q: Tensor, log_scale_q: Tensor, loc_p: Tensor, log_scale_
     return 0.5 * (var + ((loc_q - loc_p) * torch.exp(-log_scale_p)) ** 2 - 1.0) + log_scale_p - log_scale_q
 
 
-def nb_log_prob(x: Tensor, mean: Tensor, log_theta: Tensor, x_lgamma: Tensor | None = None) -> Tensor:
-    """Log-probability of counts under a negative binomial with ``var = mean + mean^2 / theta``, elementwise.
+def nb_constant(x: Tensor, log_theta: Tensor) -> Tensor:
+    """The terms of a negative binomial that do not depend on its mean, summed over genes, ``(cell,)``.
+
+    ``lgamma(x + theta) - lgamma(theta) - lgamma(x + 1)`` is zero where ``x`` is: only the counts above zero are computed.
+    """
+    cell, gene = torch.nonzero(x, as_tuple=True)
+    count, theta = x[cell, gene], torch.exp(log_theta)
+    terms = torch.lgamma(count + theta[gene]) - torch.lgamma(theta)[gene] - torch.lgamma(count + 1)
+    return torch.zeros(len(x), dtype=x.dtype, device=x.device).index_add(0, cell, terms)
+
+
+def nb_log_prob(x: Tensor, log_mean: Tensor, log_theta: Tensor, constant: Tensor | None = None) -> Tensor:
+    """Log-probability of counts under a negative binomial with ``var = mean + mean^2 / theta``, summed over genes.
 
     Parameters
     ----------
     x
         Counts, ``(cell, gene)``.
-    mean
-        ``(cell, gene)``, above zero.
+    log_mean
+        Natural logarithm of the mean, ``(cell, gene)``.
     log_theta
         Natural logarithm of the inverse dispersion, ``(gene,)``.
-    x_lgamma
-        ``lgamma(x + 1)`` if it is there already.
+    constant
+        :func:`nb_constant` of the same counts, if it is there already.
+
+    Returns
+    -------
+    ``(cell,)``
     """
     theta = torch.exp(log_theta)
-    log_mix = torch.log(theta + mean)
-    x_lgamma = torch.lgamma(x + 1) if x_lgamma is None else x_lgamma
-    return (
-        theta * (log_theta - log_mix)
-        + x * (torch.log(mean) - log_mix)
-        + torch.lgamma(x + theta)
-        - torch.lgamma(theta)
-        - x_lgamma
-    )
+    log_mix = torch.logaddexp(log_theta.expand_as(log_mean), log_mean)
+    constant = nb_constant(x, log_theta) if constant is None else constant
+    return constant + (theta * log_theta).sum() + (x * log_mean - (x + theta) * log_mix).sum(1)
 
 
 def k_hop_scale(adjacency: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
