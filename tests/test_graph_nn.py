@@ -214,6 +214,21 @@ def test_prior_leave_one_out_by_refitting():
     np.testing.assert_allclose(prior.predict(sets)[1], expected, atol=1e-8)
 
 
+def test_prior_shrinks_genes_by_their_noise():
+    rng = np.random.default_rng(0)
+    graph = {"g": normalised_adjacency(_random_graph(9, 0.3, 0))}
+    sets, delta, noise = [[i] for i in range(9)], rng.normal(size=(9, 3)) * [1.0, 1.0, 0.1], np.full(9, 0.1)
+    gene_noise = np.array([0.01, 0.3, 0.01])
+    prior = GraphPrior(graph).fit(sets, delta, noise, gene_noise=gene_noise)
+    ratio = prior._noise_ratio(delta, gene_noise)
+    K = prior._covariance(prior.design, prior.design)
+    for g in range(3):
+        A = np.linalg.inv(K + ratio[g] * np.diag(prior.noise))
+        np.testing.assert_allclose(prior.alpha[:, g], A @ delta[:, g], atol=1e-8)
+        np.testing.assert_allclose(prior.loo[:, g], delta[:, g] - A @ delta[:, g] / np.diag(A), atol=1e-8)
+    assert ratio[1] > ratio[0]
+
+
 def test_prior_gradient_and_limits():
     """The strengths follow the data: a graph that carries effects is used, additivity is found, noise is not."""
     rng = np.random.default_rng(1)

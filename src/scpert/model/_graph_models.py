@@ -203,9 +203,10 @@ class _GraphModel(PerturbationModel):
         module.control_mean = torch.as_tensor(e.control_mean, device=module.control_mean.device)
         self._own = self._on_target()
         fitted = self._without_own(e.delta)
-        noise = np.nan_to_num(np.mean(np.nan_to_num(e.std_error) ** 2, axis=1))
+        square = np.nan_to_num(e.std_error) ** 2
+        noise = square.mean(axis=1)
         self._prior = GraphPrior(self._target_adjacencies).fit(
-            self._sets(e.targets), fitted, noise, random_state, temper=self._tempered
+            self._sets(e.targets), fitted, noise, random_state, gene_noise=square.mean(axis=0), temper=self._tempered
         )
         # which perturbations judge the network
         rng = np.random.default_rng(random_state)
