@@ -56,8 +56,14 @@ def fit(adata: ad.AnnData, **options) -> CellState:
 
 @pytest.fixture(scope="module")
 def planted():
-    adata, net, truth = states()
+    adata, net, truth = states(n=280)
+    adata = adata[:200].copy()
     return adata, net, truth, fit(adata)
+
+
+def held_out() -> ad.AnnData:
+    """Samples of the same states that the model of ``planted`` has not seen."""
+    return states(n=280)[0][200:].copy()
 
 
 # ------------------------------------------------------------------------------------------ statistics
@@ -327,7 +333,7 @@ def test_cooperative_pair_has_the_largest_synergy():
 
 def test_classification_is_compared_and_predicts(planted):
     adata, _, _, model = planted
-    new = states(seed=3, n=80)[0]
+    new = held_out()
     tuned = model.fine_tune(new, task="classification", groupby="state")
     assert {"fine_tuned", "from_scratch", "pca_logistic"} <= set(tuned.report_.index)
     assert tuned.report_.loc["fine_tuned", "balanced_accuracy"] > 0.8
@@ -342,7 +348,7 @@ def test_classification_is_compared_and_predicts(planted):
 
 def test_transfer_aligns_genes_by_name_and_reports(planted, tmp_path):
     adata, _, _, model = planted
-    new = states(seed=4, n=90)[0][:, 30:].copy()
+    new = held_out()[:, 30:].copy()
     new.var_names = ["NEW0", "NEW1", *new.var_names[2:]]
     tuned = model.fine_tune(new, task="reconstruction", max_epochs=2)
     row = tuned.report_.iloc[0]
@@ -358,7 +364,7 @@ def test_transfer_aligns_genes_by_name_and_reports(planted, tmp_path):
 
 def test_frozen_encoder_stays(planted):
     adata, _, _, model = planted
-    new = states(seed=5, n=60)[0]
+    new = held_out()
     tuned = model.fine_tune(new, task="reconstruction", max_epochs=2, compare=False)
     np.testing.assert_array_equal(tuned.module.A.detach(), model.module.A.detach())
 

@@ -547,6 +547,7 @@ class Experiments(Transfer):
             return self._regulators_per_sample(
                 adata.obs_names[g], a, b, y_goal, state, names, positions, net, genes, seen, tmin, n_boot, rng
             )
+        use = np.arange(len(a)) if len(a) <= 50 else np.sort(rng.choice(len(a), 50, replace=False))
         signatures = [_signature(a, b)]
         picks = [(np.arange(len(a)), np.arange(len(b)))]
         for _ in range(int(n_boot)):
@@ -555,7 +556,6 @@ class Experiments(Transfer):
         activity = regulon_activity(np.stack(signatures)[:, seen], genes[seen], net, tmin)
         ulm, viper = (activity[m].reindex(columns=names).to_numpy() for m in ("ulm", "viper"))
         # the shift is linear in the change of level up to curvature: measured once at the goal's mean, then scaled
-        use = np.arange(len(a)) if len(a) <= 50 else np.sort(rng.choice(len(a), 50, replace=False))
         change = self._changes(a[use], b.mean(axis=0), positions, "set", None)
         shifts = self._single_shifts(y_start[use], positions, change, state, "virtual manipulation")["shift"]
         safe = np.where(np.abs(change) > 1e-6, change, np.nan)
