@@ -55,7 +55,7 @@ def test_embeddings_add_and_the_adversary_is_reversed():
     torch.manual_seed(0)
     module = ConditionalModule(6, 3, n_hidden=8, n_latent=4, additive=True, adversary_weight=2.0, scale="log1p")
     codes = torch.tensor([[0, 2], [1, -1], [-1, -1]])
-    got = module.condition(codes, None)
+    got = module.condition(codes, torch.zeros(3, 0, dtype=torch.long))
     expected = torch.stack([module.target_table[0] + module.target_table[2], module.target_table[1], torch.zeros(4)])
     torch.testing.assert_close(got, expected)
     x = torch.rand(3, 6)

@@ -51,6 +51,7 @@ class _GraphModel(PerturbationModel):
     _group_labels = 2
     _max_epochs = 20
     _monitor = "reconstruction_loss_validation"
+    _prior: GraphPrior
 
     def _setup(
         self,
@@ -104,7 +105,6 @@ class _GraphModel(PerturbationModel):
         self._node = {t: i for i, t in enumerate(self._nodes)}
         self._gene_adjacency = normalised_adjacency(net_matrix(gene_net, self.genes_))
         self._target_adjacencies = {n: normalised_adjacency(net_matrix(net, self._nodes)) for n, net in nets.items()}
-        self._prior: GraphPrior | None = None
         self._trust = {K.UNSEEN: 0.0, K.COMBINATION: 0.0}
         self._base_shift = np.zeros(self.n_genes, dtype=np.float32)
         self._calibration: dict[str, Any] = {}
@@ -302,7 +302,7 @@ class _GraphModel(PerturbationModel):
                     continue
                 j = gene[t]
                 if label in e.row:
-                    delta[i, j] = e.delta[e.row[label], j]
+                    delta[i, j] = e.delta[e.row[label]][j]
                 else:
                     constant, slope = self._own_rule
                     delta[i, j] = self._own.get(t, constant + slope * float(e.control_mean[j]))

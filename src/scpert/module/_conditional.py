@@ -104,7 +104,7 @@ class ConditionalModule(BaseModuleClass):
                 p = parameters[name]
                 p.narrow(axis, 0, n).copy_(p.narrow(axis, 0, n).index_select(axis, rank))
 
-    def condition(self, codes: Tensor, covariates: Tensor | None) -> Tensor:
+    def condition(self, codes: Tensor, covariates: Tensor) -> Tensor:
         """Sum of the embeddings of targets and covariates, ``(cell, width)``."""
         padded = torch.cat([self.target_table, self.target_table.new_zeros(1, self.target_table.shape[1])])
         out = padded[codes].sum(1)  # a code of -1 is the last, zero row

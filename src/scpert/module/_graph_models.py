@@ -8,7 +8,7 @@ cells. The data stream (BioDSNN) is a variational autoencoder of the control cel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -234,7 +234,7 @@ class KnowledgeStream(nn.Module):
             return []
         x = torch.relu(self.post_norm(self.genes()[None] + self.perturbations(codes)[:, None]))
         found = []
-        for layer in self.encoder:
+        for layer in cast("list[_MaskedEncoderLayer]", list(self.encoder)):
             _, weights = layer.attention(x, return_weights=True)
             found.append(weights[0].mean(0))
             x = layer(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,7 @@ def net_matrix(net: pd.DataFrame, nodes: Sequence[str], *, symmetric: bool = Fal
         Whether the larger weight of the two directions counts for both.
     """
     index = pd.Index(nodes)
-    rows, columns = index.get_indexer(net[K.SOURCE]), index.get_indexer(net[K.TARGET])
+    rows, columns = index.get_indexer(net[K.SOURCE].to_numpy()), index.get_indexer(net[K.TARGET].to_numpy())
     inside = (rows >= 0) & (columns >= 0)
     weight = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
     matrix = sparse.csr_matrix((weight, (rows[inside], columns[inside])), shape=(len(index), len(index)))
@@ -99,6 +100,10 @@ class GraphConv(nn.Module):
     n_in, n_out
         Widths of the table before and after.
     """
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
 
     def __init__(self, adjacency: sparse.spmatrix, n_in: int, n_out: int):
         super().__init__()
@@ -237,6 +242,9 @@ class EdgeAttention(nn.Module):
         Number of heads; divides ``n_hidden``.
     """
 
+    indptr: Tensor
+    indices: Tensor
+
     def __init__(self, mask: sparse.spmatrix, n_hidden: int, n_heads: int):
         super().__init__()
         if n_hidden % n_heads:
@@ -265,7 +273,7 @@ class EdgeAttention(nn.Module):
         """Number of pairs that may look at each other, self included."""
         return len(self.indices)
 
-    def forward(self, x: Tensor, *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, return_weights: bool = False) -> Any:
         """``(batch, node, n_hidden)`` -> the same shape; and the weights ``(batch, head, edge)`` if asked for."""
         n_batch, n_nodes, width = x.shape
         q, k, v = self.qkv(x).view(n_batch, n_nodes, 3, self.n_heads, width // self.n_heads).permute(2, 0, 3, 1, 4)

@@ -111,14 +111,15 @@ def explain(
     links = net[net["kind"].isin(["coexpression", "pathway"]) & net[K.SOURCE].isin(genes) & net[K.TARGET].isin(genes)]
     links = links.reindex(links[K.WEIGHT].abs().sort_values(ascending=False).index).head(int(n_links))
     largest = float(links[K.WEIGHT].abs().max()) if len(links) else 1.0
-    for row in links.itertuples():
-        a, b = at[row.source], at[row.target]
+    for a, b, weight, kind in zip(
+        links[K.SOURCE].map(at), links[K.TARGET].map(at), links[K.WEIGHT], links["kind"], strict=True
+    ):
         t = np.linspace(0, np.pi, 30)
         ax.plot(
             2.55 + 0.35 * abs(a - b) * np.sin(t) + 0.02,
             (a + b) / 2 + (a - b) / 2 * np.cos(t),
-            color=COLOURS["purple" if row.kind == "pathway" else "sky"],
-            lw=0.3 + 2.0 * abs(row.weight) / largest,
+            color=COLOURS["purple" if kind == "pathway" else "sky"],
+            lw=0.3 + 2.0 * abs(weight) / largest,
             alpha=0.8,
         )
     kinds = {
