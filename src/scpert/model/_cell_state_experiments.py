@@ -939,7 +939,7 @@ class Experiments(Transfer):
                     [torch.autograd.grad(z[0, j], x, retain_graph=True)[0][0, index_s] for j in range(z.shape[1])]
                 )
             eye = torch.eye(self.n_latent)
-            point = z.detach().expand(self.n_latent, -1)
+            point = z.detach().repeat(self.n_latent, 1)
             with torch.no_grad():
                 by_latent = torch.func.jvp(lambda v: self.module.decode(v, index_t), (point,), (eye,))[1]
             total += (by_input.T @ by_latent).numpy()
