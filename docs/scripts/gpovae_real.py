@@ -59,7 +59,11 @@ def main() -> None:
                     few_cells(adata, n, seed)
                 part = {p: adata[adata.obs["split"].astype(str) == p].copy() for p in ("train", "test")}
                 reference = metrics.Reference(part["test"], train=part["train"], library_size_key=library)
-                models = {"training-cell mean": (Additive, {}), "perturbed mean": (PerturbedMean, {}), "GPOVAE": (GPOVAE, {})}
+                models = {
+                    "training-cell mean": (Additive, {}),
+                    "perturbed mean": (PerturbedMean, {}),
+                    "GPOVAE": (GPOVAE, {}),
+                }
                 models["GPOVAE, network alone"] = (GPOVAE, {"shrinkage": False})
                 models["SAMSVAE"] = (SAMSVAE, {})
                 if arguments.published and not n:
@@ -77,10 +81,14 @@ def main() -> None:
                         trained = model if name == "GPOVAE" else trained
                     table = metrics.evaluate(model.predict_perturbation(), reference, metrics=NAMES)
                     for label, values in table.iterrows():
-                        rows.append({"screen": title, "cells": n, "seed": seed, "model": name, "label": label, **values})
+                        rows.append(
+                            {"screen": title, "cells": n, "seed": seed, "model": name, "label": label, **values}
+                        )
                 top = metrics.ceiling(reference, metrics=NAMES, n_draws=10, random_state=seed)
                 for label, values in top.iterrows():
-                    rows.append({"screen": title, "cells": n, "seed": seed, "model": "ceiling", "label": label, **values})
+                    rows.append(
+                        {"screen": title, "cells": n, "seed": seed, "model": "ceiling", "label": label, **values}
+                    )
                 print(title, n or "all", "cells, seed", seed, flush=True)
     table = pd.DataFrame(rows)
     if arguments.out:
@@ -91,6 +99,7 @@ def main() -> None:
         mean = part.groupby(["model", "label"])[list(NAMES)].mean()
         base = mean.loc["training-cell mean"]
         draws = rng.integers(len(base), size=(2000, len(base)))
+        low_end, high_end = (mean.loc[m]["pearson_delta"].mean() for m in ("perturbed mean", "ceiling"))
         for name in part["model"].unique():
             values = mean.loc[name].reindex(base.index)
             difference = (values["pearson_delta"] - base["pearson_delta"]).to_numpy()
@@ -98,6 +107,7 @@ def main() -> None:
             spread = part[part["model"] == name].groupby("seed")["pearson_delta"].mean().std()
             print(
                 f"  {name:24s} r {values['pearson_delta'].mean():.3f} (sd over seeds {spread:.3f})  "
+                f"score {(values['pearson_delta'].mean() - low_end) / (high_end - low_end):.2f}  "
                 f"centroid r {values['pearson_delta_centroid'].mean():.3f}  mse {values['mse_delta'].mean():.5f}  "
                 f"r - training-cell mean {np.nanmean(difference):+.3f} [{low:+.3f}, {high:+.3f}]"
             )
