@@ -34,7 +34,8 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #eee
 th { background: #f6f6f6; font-weight: 600; } td:first-child, th:first-child, td.text { text-align: left; }
 tr.me td { font-weight: 600; background: #fff8e8; } tr.top td { color: #555; font-style: italic; }
 .warn { color: #9a5b00; } .fail { color: #b00020; } .ok { color: #2d7a3e; }
-.row { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: .5rem 0; } figure img { max-width: 100%; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; } .row figure { flex: 1 1 30%; min-width: 240px; }
+figure { margin: .5rem 0; } figure img { max-width: 100%; }
 figcaption { font-size: .82rem; color: #555; } code { background: #f4f4f4; padding: 0 .2rem; }
 """
 
@@ -52,7 +53,9 @@ def _table(frame: pd.DataFrame, row_class: dict[str, str] | None = None, index: 
     for name, row in frame.iterrows():
         kind = (row_class or {}).get(str(name), "")
         cells = ([str(name)] if index else []) + [_number(v) for v in row]
-        marks = ([""] if index else []) + ["" if isinstance(v, int | float | np.number) else ' class="text"' for v in row]
+        marks = ([""] if index else []) + [
+            "" if isinstance(v, int | float | np.number) else ' class="text"' for v in row
+        ]
         lines.append(f'<tr class="{kind}">')
         for cell, mark in zip(cells, marks, strict=True):
             colour = f' class="text {cell}"' if cell in ("ok", "warn", "fail") else mark
@@ -113,8 +116,20 @@ def write_report(
         )
     else:
         verdict = f"Verdict on the shift: {top['verdict']}."
-    body.append(f"<p>{html.escape(verdict)} Metrics are means over {int(top['n'])} perturbations; limits come from resampling them.</p>")
-    body.append(_figure(_score_figure(result.scores), folder / "scores.png", "Correlation of predicted and observed shift, by model."))
+    body.append(
+        f"<p>{html.escape(verdict)} Metrics are means over {int(top['n'])} perturbations; limits come from resampling them.</p>"
+    )
+    body.append(
+        "<p>The ceiling is one half of the test cells predicting the other half. A model that learned from more cells than "
+        "such a half has less noise than it, and may exceed it: a score above 1.</p>"
+    )
+    body.append(
+        _figure(
+            _score_figure(result.scores),
+            folder / "scores.png",
+            "Correlation of predicted and observed shift, by model.",
+        )
+    )
 
     body.append("<h2>Predicted against observed</h2><div class='row'>")
     order = result.per_perturbation["pearson_delta"].dropna().sort_values(ascending=False)
@@ -132,23 +147,35 @@ def write_report(
     if len(order):
         ax = _new_axes(9, 3.4)
         pl.top_genes(result.prediction, observed, str(order.index[0]), library_size_key=library_size_key, ax=ax)
-        body.append(_figure(ax.get_figure(), folder / "top_genes.png", f"Genes that {order.index[0]} shifts most."))
+        body.append(
+            _figure(
+                ax.get_figure(),
+                folder / "top_genes.png",
+                f"Genes that {order.index[0]} shifts most, in the test cells, and what {name} predicted.",
+            )
+        )
 
     body.append("<h2>Gene regulatory network</h2>")
     net = result.grn
     body.append(
-        f"<p>{len(net)} edges pass a false discovery rate of 5 % over the whole screen: total effects of a perturbation on "
+        f"<p>{len(net)} edges pass a false discovery rate of 5 % in the training cells: total effects of a perturbation on "
         "a gene, direct and indirect. Regulators that are not among the measured genes are kept.</p>"
     )
     ax = _new_axes(9, 6)
     pl.grn(net, n_edges=40, ax=ax)
-    body.append(_figure(ax.get_figure(), folder / "grn.png", "The 40 strongest edges."))
+    body.append(_figure(ax.get_figure(), folder / "grn.png", f"The {min(40, len(net))} strongest edges."))
     if len(net):
         body.append(_table(net.head(15), index=False))
 
     body.append("<h2>Data</h2>")
     counts = pd.crosstab(adata.obs[K.PERTURBATION].astype(str), adata.obs[K.SPLIT].astype(str))
-    body.append(f"<p>{html.escape(origin)}: {adata.n_obs} cells, {adata.n_vars} genes, {len(counts) - 1} perturbations.</p>")
+    body.append(
+        f"<p>{html.escape(origin)}: {adata.n_obs} cells, {adata.n_vars} genes, {len(counts) - 1} perturbations.</p>"
+    )
+    body.append(
+        "<p>Readiness of the file as it came: <span class='ok'>ok</span>, <span class='warn'>warn</span> (read the advice, the "
+        "run goes on), <span class='fail'>fail</span> (this use is not possible).</p>"
+    )
     body.append(_table(audit, index=False))
     body.append(f"<h2>Split</h2><p>Kind: <code>{split}</code>. Cells by part:</p>{_table(counts)}")
 
@@ -196,10 +223,14 @@ def _score_figure(scores: pd.DataFrame) -> Figure:
     part = scores[scores["metric"] == "pearson_delta"].iloc[::-1]
     ax = _new_axes(6.5, 0.5 + 0.42 * (len(part) + 1))
     value = part["value"]
-    ax.barh(np.arange(len(part)), value, color=["#E69F00" if i == len(part) - 1 else "#B8C7D3" for i in range(len(part))])
+    ax.barh(
+        np.arange(len(part)), value, color=["#E69F00" if i == len(part) - 1 else "#B8C7D3" for i in range(len(part))]
+    )
     ax.set_yticks(np.arange(len(part)), part["model"])
     ax.axvline(float(part["ceiling"].iloc[0]), color="#222", ls="--", lw=1)
-    ax.annotate("ceiling", (float(part["ceiling"].iloc[0]), len(part) - 0.45), fontsize=8, ha="center", annotation_clip=False)
+    ax.annotate(
+        "ceiling", (float(part["ceiling"].iloc[0]), len(part) - 0.45), fontsize=8, ha="center", annotation_clip=False
+    )
     ax.set_xlabel("correlation of predicted and observed shift (test cells)")
     ax.spines[["top", "right"]].set_visible(False)
     return ax.get_figure()

@@ -103,25 +103,14 @@ def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | No
     import networkx as nx
     from matplotlib.lines import Line2D
     from matplotlib.patches import FancyArrowPatch
+    from matplotlib.patheffects import withStroke
 
     graph = nx.DiGraph()
     graph.add_weighted_edges_from(net.itertuples(index=False, name=None))
-    parts = sorted(nx.weakly_connected_components(graph), key=len, reverse=True)
-    position: dict[str, np.ndarray] = {}
-    # components are laid out on their own and packed in rows, so that they never overlap
-    x = y = row_height = 0.0
-    width = 1.6 * np.sqrt(sum(len(p) for p in parts))
-    for nodes in parts:
-        size = 0.75 * np.sqrt(len(nodes)) + 0.35
-        layout = nx.spring_layout(
-            graph.subgraph(sorted(nodes)), seed=random_state, k=1.6 / np.sqrt(len(nodes)), weight=None
-        )
-        if x > 0 and x + size > width:
-            x, y, row_height = 0.0, y - row_height, 0.0
-        for node, p in layout.items():
-            position[node] = np.array([x, y]) + (np.asarray(p) * np.array([0.5, -0.5]) + np.array([0.5, -0.5])) * size
-        x += size + 0.6
-        row_height = max(row_height, size + 0.5)
+    place = ax.get_position()
+    inches = ax.get_figure().get_size_inches()
+    width, height = 72 * inches[0] * place.width, 72 * inches[1] * place.height
+    position = _layout(graph, width, height, random_state)
     weight = net[K.WEIGHT].abs().to_numpy()
     line = 0.6 + 2.2 * weight / weight.max()
     for (source, target, w), lw in zip(net.itertuples(index=False, name=None), line, strict=True):
@@ -162,12 +151,12 @@ def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | No
             ha="center",
             fontsize=8 if chief else 7,
             fontweight="bold" if chief else "normal",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             zorder=3,
         )
     corners = np.array(list(position.values()))
-    pad = 0.25
-    ax.set_xlim(corners[:, 0].min() - pad, corners[:, 0].max() + pad)
-    ax.set_ylim(corners[:, 1].min() - pad, corners[:, 1].max() + pad)
+    ax.set_xlim(min(0, corners[:, 0].min() - 20), max(width, corners[:, 0].max() + 20))
+    ax.set_ylim(min(0, corners[:, 1].min() - 15), max(height, corners[:, 1].max() + 20))
     ax.legend(
         handles=[
             Line2D([], [], color=COLOURS["red"], label="goes up with the regulator"),
@@ -180,6 +169,51 @@ def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | No
         bbox_to_anchor=(0.5, 0.0),
         ncols=3,
     )
+
+
+def _layout(graph: Any, width: float, height: float, random_state: int) -> dict[str, np.ndarray]:
+    """Positions in points of a box ``width`` x ``height``: components packed in rows, names moved apart."""
+    import networkx as nx
+
+    parts = sorted(nx.weakly_connected_components(graph), key=lambda p: (-len(p), min(p)))
+    # a component takes an area in proportion to its nodes
+    side = [np.sqrt(len(p)) for p in parts]
+    across = max(side[0], np.sqrt(sum(s * s for s in side) * width / height))
+    names: list[str] = []
+    points: list[np.ndarray] = []
+    x = y = row = 0.0
+    for nodes, size in zip(parts, side, strict=True):
+        part = graph.subgraph(sorted(nodes)).to_undirected()
+        layout = nx.spring_layout(part, seed=random_state, k=2.2 / np.sqrt(len(nodes)), iterations=200, weight=None)
+        if x > 0 and x + size > across * 1.05:
+            x, y, row = 0.0, y + row, 0.0
+        for node, at in layout.items():
+            names.append(node)
+            points.append(np.array([x, y]) + (np.asarray(at) * 0.42 + 0.5) * size)
+        x, row = x + size, max(row, size)
+    at = np.array(points)
+    low, span = at.min(axis=0), np.ptp(at, axis=0)
+    margin = np.array([30.0, 20.0])
+    room = np.array([width, height]) - 2 * margin
+    at = np.where(
+        span > 1e-9, margin + (at - low) / np.where(span > 1e-9, span, 1) * room, np.array([width, height]) / 2
+    )
+    # names are boxes; overlapping ones push each other along the axis of the smaller overlap
+    half = np.array([[2.6 * len(n) + 4, 11.0] for n in names])
+    for _ in range(300):
+        apart = at[:, None] - at[None]
+        overlap = half[:, None] + half[None] - np.abs(apart)
+        hit = (overlap > 0).all(axis=-1)
+        np.fill_diagonal(hit, False)
+        if not hit.any():
+            break
+        first = np.arange(len(at))[:, None] < np.arange(len(at))[None]
+        sign = np.where(apart != 0, np.sign(apart), np.where(first, -1.0, 1.0)[..., None])
+        vertical = overlap[..., 1] * width <= overlap[..., 0] * height
+        step = np.where(np.stack([~vertical, vertical], axis=-1) & hit[..., None], sign * overlap / 2, 0.0)
+        at = at + 0.6 * step.sum(axis=1)
+        at = np.clip(at, margin, np.array([width, height]) - margin)
+    return dict(zip(names, at, strict=True))
 
 
 def _heatmap(net: pd.DataFrame, n_genes: int, ax: Axes | None) -> Axes:
@@ -211,6 +245,7 @@ def grn_evaluation(
     table: pd.DataFrame,
     *,
     metric: str = "precision",
+    evidence: str | None = None,
     ax: Axes | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -220,15 +255,22 @@ def grn_evaluation(
     Parameters
     ----------
     table
-        From :func:`scpert.tl.evaluate_grn`: columns ``method``, ``k`` and metrics.
+        From :func:`scpert.tl.evaluate_grn`: columns ``evidence``, ``network``, ``k`` and metrics.
     metric
         Column to draw.
+    evidence
+        ``"interventions"`` or ``"reference"``; by default the first that is in the table.
     ax, show, return_fig
         As everywhere in :mod:`scpert.pl`.
 
     Returns
     -------
     Axes, or the figure.
+
+    Raises
+    ------
+    MissingKeyError
+        If the table is of another function or lacks the metric.
 
     Examples
     --------
@@ -237,18 +279,37 @@ def grn_evaluation(
     >>> train, test = adata[::2].copy(), adata[1::2].copy()
     >>> scpert.tl.infer_grn(train)
     >>> table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10))
-    >>> ax = scpert.pl.grn_evaluation(table[table["evidence"] == "interventions"])
+    >>> ax = scpert.pl.grn_evaluation(table, metric="precision")
     """
-    if metric not in table.columns:
-        raise MissingKeyError(f"The table has no column {metric!r}; it has {listing(table.columns, 20)}.")
-    name = "method" if "method" in table.columns else "network"
+    missing = [c for c in ("evidence", "network", "k") if c not in table.columns]
+    if missing:
+        raise MissingKeyError(f"table lacks {listing(missing)}: give the table of scpert.tl.evaluate_grn.")
+    values = [c for c in table.columns if c not in ("evidence", "network", "k")]
+    if metric not in values:
+        raise MissingKeyError(f"The table has no metric {metric!r}; it has {listing(values, 30)}.")
+    known = [str(e) for e in table["evidence"].unique()]
+    if not known:
+        raise ScpertError("The table is empty: there is nothing to draw.")
+    if evidence is None:
+        evidence = known[0]
+    check_choice("evidence", evidence, known)
+    table = table[table["evidence"] == evidence]
     ax = new_axes(ax, (4.8, 3.4))
-    cycle = [COLOURS[c] for c in ("red", "grey", "sky", "green", "purple", "orange", "blue", "black")]
-    for (label, part), colour in zip(table.groupby(name, sort=False), cycle * 4, strict=False):
+    cycle = [COLOURS[c] for c in ("red", "blue", "sky", "green", "purple", "orange", "black")]
+    for i, (label, part) in enumerate(table.groupby("network", sort=False)):
         part = part.dropna(subset=[metric]).sort_values("k")
-        ax.plot(part["k"], part[metric], "o-", ms=4, color=colour, label=str(label))
+        random = label == "random"
+        ax.plot(
+            part["k"],
+            part[metric],
+            "o--" if random else "o-",
+            ms=4,
+            color=COLOURS["grey"] if random else cycle[i % len(cycle)],
+            label=str(label).replace("_", " "),
+        )
     ax.set_xscale("log")
-    ax.set_xlabel("edges")
+    ax.set_xlabel("strongest edges")
     ax.set_ylabel(metric.replace("_", " "))
+    ax.set_title(f"judged by {evidence}", fontsize="medium")
     ax.legend(frameon=False, fontsize="small")
     return finish(ax, show, return_fig)

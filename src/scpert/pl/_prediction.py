@@ -129,7 +129,8 @@ def predicted_vs_observed(
     perturbation_key, control, layer, scale, library_size_key
         Where labels and values of ``observed`` are.
     n_labels
-        So many genes with the largest observed shift are named; targets are drawn as rings.
+        Of so many genes with the largest observed shift those are named whose names do not overlap; targets are drawn as
+        rings.
     ax, show, return_fig
         As everywhere in :mod:`scpert.pl`.
 
@@ -150,7 +151,9 @@ def predicted_vs_observed(
     screen = _observed(observed, perturbation_key, control, layer, scale, library_size_key)
     label = canonical(perturbation, control)
     if label not in screen.perturbations:
-        raise LabelError(f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}.")
+        raise LabelError(
+            f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}."
+        )
     groups = np.where(screen.labels == label, "p", np.where(screen.is_control, "c", "other"))
     m = screen.moments(groups, mask=groups != "other")
     shift = m.mean[1] - m.mean[0]
@@ -184,9 +187,21 @@ def predicted_vs_observed(
     own_genes = set(parse(label, control))
     for i in np.flatnonzero([g in own_genes for g in genes]):
         ax.scatter(x[i], y[i], s=45, facecolors="none", edgecolors=COLOURS["red"], zorder=3)
-    for k, i in enumerate(np.argsort(-np.abs(x))[:n_labels]):
-        offset = (4, 4) if k % 2 else (4, -9)
-        ax.annotate(genes[i], (x[i], y[i]), fontsize=7, xytext=offset, textcoords="offset points")
+    named: list[int] = []
+    for i in np.argsort(-np.abs(x), kind="stable")[:n_labels]:
+        # a name that would lie on another one is left out; names near the right edge go to the left of their point
+        if any(abs(x[i] - x[j]) < 0.3 * span and abs(y[i] - y[j]) < 0.07 * span for j in named):
+            continue
+        named.append(int(i))
+        left = x[i] > 0.7 * span
+        ax.annotate(
+            genes[i],
+            (x[i], y[i]),
+            fontsize=7,
+            xytext=(-4 if left else 4, 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+        )
     ax.set_xlim(-span, span)
     ax.set_ylim(-span, span)
     ax.set_xlabel("observed shift (log1p CP10k)")
@@ -247,7 +262,9 @@ def top_genes(
     screen = _observed(observed, perturbation_key, control, layer, scale, library_size_key)
     label = canonical(perturbation, control)
     if label not in screen.perturbations:
-        raise LabelError(f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}.")
+        raise LabelError(
+            f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}."
+        )
     cells = screen.rows(screen.labels == label).toarray()
     groups = np.where(screen.is_control, "c", "other")
     base = screen.moments(groups, mask=screen.is_control).mean[0]

@@ -1,0 +1,177 @@
+"""Figures: axes come back, nothing global changes, bad input is said in a sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import scpert
+from scpert import pl
+from scpert.errors import LabelError, MissingKeyError, ScpertError
+
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("agg")
+
+
+def _empty_axes():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots()
+
+
+class _Trained:
+    """Stands for a model with a training history."""
+
+    best_epoch_ = 1
+    history = {
+        "elbo_train": pd.DataFrame({"elbo_train": [3.0, 2.0, 1.5]}),
+        "elbo_validation": pd.DataFrame({"elbo_validation": [3.2, 2.1, 2.2]}),
+    }
+
+
+@pytest.fixture(scope="module")
+def world():
+    adata = scpert.datasets.simulated(n_cells=400, n_genes=40, n_targets=5, random_state=0)
+    effects = scpert.tl.perturbation_effects(adata)
+    predicted = scpert.metrics.pseudobulk(adata)
+    net = pd.DataFrame(
+        {"source": ["A", "A", "B", "C"], "target": ["B", "C", "A", "D"], "weight": [1.0, -2.0, 0.5, 3.0]}
+    )
+    label = effects.obs["perturbation"].astype(str).iloc[0]
+    table = pd.DataFrame(
+        {
+            "evidence": ["interventions"] * 4 + ["reference"] * 2,
+            "network": ["grn", "grn", "random", "random", "grn", "random"],
+            "k": [10, 100, 10, 100, 10, 10],
+            "precision": [0.5, 0.4, 0.1, 0.1, 0.9, 0.2],
+        }
+    )
+    return {"adata": adata, "effects": effects, "predicted": predicted, "net": net, "label": label, "table": table}
+
+
+CALLS = {
+    "training": lambda w, **kw: pl.training(_Trained(), **kw),
+    "predicted_vs_observed": lambda w, **kw: pl.predicted_vs_observed(w["predicted"], w["adata"], w["label"], **kw),
+    "top_genes": lambda w, **kw: pl.top_genes(w["predicted"], w["adata"], w["label"], n_genes=6, **kw),
+    "effects": lambda w, **kw: pl.effects(w["effects"], n_genes=10, **kw),
+    "grn": lambda w, **kw: pl.grn(w["net"], **kw),
+    "grn heatmap": lambda w, **kw: pl.grn(w["net"], kind="heatmap", **kw),
+    "grn_evaluation": lambda w, **kw: pl.grn_evaluation(w["table"], **kw),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_draws_into_given_axes_and_touches_nothing_global(world, name):
+    import matplotlib.pyplot as plt
+
+    before, figures = dict(matplotlib.rcParams), plt.get_fignums()
+    ax = _empty_axes()
+    assert CALLS[name](world, ax=ax) is ax
+    assert ax.has_data() or ax.patches or ax.images
+    assert CALLS[name](world, ax=_empty_axes(), return_fig=True).axes
+    assert plt.get_fignums() == figures
+    assert dict(matplotlib.rcParams) == before
+    ax.get_figure().canvas.draw()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_makes_its_own_figure(world, name):
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    figure = CALLS[name](world, return_fig=True)
+    assert isinstance(figure, Figure)
+    plt.close(figure)
+
+
+def test_predicted_vs_observed_draws_the_shifts(world):
+    ax = pl.predicted_vs_observed(world["predicted"], world["adata"], world["label"], ax=_empty_axes())
+    # the pseudobulk of the same cells predicts itself: every point is on the diagonal
+    points = next(c for c in ax.collections if len(np.asarray(c.get_offsets())) == world["adata"].n_vars)
+    x, y = np.asarray(points.get_offsets()).T
+    np.testing.assert_allclose(x, y, atol=1e-5)
+    assert "r = 1.00" in ax.get_title()
+
+
+def test_top_genes_orders_by_observed_shift(world):
+    ax = pl.top_genes(world["predicted"], world["adata"], world["label"], n_genes=5, ax=_empty_axes())
+    effects = world["effects"]
+    row = effects[effects.obs["perturbation"].astype(str) == world["label"]].to_df().iloc[0]
+    expected = row.abs().sort_values(ascending=False).index[:5]
+    assert [t.get_text() for t in ax.get_xticklabels()] == list(expected)
+
+
+def test_training_marks_the_kept_epoch():
+    ax = pl.training(_Trained(), ax=_empty_axes())
+    lines = {line.get_label(): line for line in ax.lines}
+    assert list(lines["validation"].get_ydata()) == [3.2, 2.1, 2.2]
+    assert list(lines["state kept"].get_xdata()) == [2, 2]
+
+
+def test_network_keeps_the_strongest_edges_and_names_apart(world):
+    ax = pl.grn(world["net"], n_edges=2, ax=_empty_axes())
+    assert {t.get_text() for t in ax.texts} == {"A", "C", "D"}
+    rng = np.random.default_rng(0)
+    names = [f"GENE{i}" for i in range(30)]
+    net = pd.DataFrame(
+        {"source": rng.choice(names[:4], 40), "target": rng.choice(names[4:], 40), "weight": rng.normal(size=40)}
+    )
+    ax = pl.grn(net.drop_duplicates(["source", "target"]), ax=_empty_axes())
+    ax.get_figure().canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.texts]
+    overlapping = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert overlapping <= 0.02 * len(boxes) * (len(boxes) - 1) / 2
+
+
+def test_grn_evaluation_reads_what_evaluate_grn_writes(world):
+    adata = world["adata"]
+    train, test = adata[::2].copy(), adata[1::2].copy()
+    scpert.tl.infer_grn(train)
+    table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10), n_permutations=2)
+    ax = pl.grn_evaluation(table, ax=_empty_axes())
+    drawn = {line.get_label() for line in ax.lines}
+    assert {"grn", "random", "effect size", "correlation"} <= drawn
+    first = next(line for line in ax.lines if line.get_label() == "grn")
+    expected = table[table["network"] == "grn"].dropna(subset=["precision"]).sort_values("k")["precision"]
+    np.testing.assert_allclose(first.get_ydata(), expected)
+
+
+def test_grn_evaluation_draws_one_evidence_at_a_time(world):
+    ax = pl.grn_evaluation(world["table"], evidence="reference", ax=_empty_axes())
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.9], [0.2]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda w: pl.predicted_vs_observed(w["predicted"], w["adata"], "NOPE"), LabelError, "NOPE.*not among"),
+        (lambda w: pl.top_genes(w["predicted"], w["adata"], "NOPE"), LabelError, "NOPE.*not among"),
+        (lambda w: pl.top_genes(w["predicted"], w["adata"], w["label"], genes=["NOPE"]), MissingKeyError, "NOPE"),
+        (lambda w: pl.top_genes(w["predicted"], w["adata"], w["label"], n_genes=0), ValueError, "n_genes"),
+        (lambda w: pl.grn(w["net"].drop(columns="weight")), MissingKeyError, "weight"),
+        (lambda w: pl.grn(w["net"], gene="NOPE"), ScpertError, "no edge of 'NOPE'"),
+        (lambda w: pl.grn(w["net"], kind="circle"), ValueError, "kind"),
+        (lambda w: pl.grn(w["adata"], "none"), MissingKeyError, "none"),
+        (lambda w: pl.grn_evaluation(w["table"], metric="nope"), MissingKeyError, "no metric 'nope'"),
+        (lambda w: pl.grn_evaluation(w["net"]), MissingKeyError, "evaluate_grn"),
+        (lambda w: pl.grn_evaluation(w["table"], evidence="hearsay"), ValueError, "evidence"),
+        (lambda w: pl.training(_Trained(), metric="nope"), MissingKeyError, "no metric 'nope'"),
+    ],
+)
+def test_bad_input_is_a_clear_error(world, call, error, message):
+    with pytest.raises(error, match=message):
+        call(world)
+
+
+def test_a_closed_form_model_has_no_curve(world):
+    with pytest.raises(ScpertError, match="closed form"):
+        pl.training(type("Mean", (), {"history": {}})())
+
+
+def test_an_empty_network_is_said(world):
+    ax = pl.grn(world["net"].iloc[:0], ax=_empty_axes())
+    assert [t.get_text() for t in ax.texts] == ["no edges"]
