@@ -69,7 +69,8 @@ def check_fraction(name: str, value: float) -> float:
 def check_obs_key(adata: AnnData, key: str, argument: str) -> pd.Series:
     """Return ``adata.obs[key]``; a missing column raises with the columns there are."""
     if key in adata.obs.columns:
-        return adata.obs[key]
+        column: Any = adata.obs[key]
+        return column
     hint = suggest(key, adata.obs.columns, n=1)
     did_you_mean = f" Did you mean {hint[0]!r}?" if hint else ""
     raise MissingKeyError(
@@ -116,7 +117,9 @@ def check_net(net: pd.DataFrame, argument: str, *, known: Collection[str] | None
             f"{argument} has {int(bad.sum())} weight(s) that are NaN, infinite or no numbers (first: row "
             f"{net.index[bad][0]!r}). Drop these edges or give them a weight."
         )
-    out = pd.DataFrame({K.SOURCE: source.to_numpy(), K.TARGET: target.to_numpy(), K.WEIGHT: weight.to_numpy(dtype=float)})
+    out = pd.DataFrame(
+        {K.SOURCE: source.to_numpy(), K.TARGET: target.to_numpy(), K.WEIGHT: weight.to_numpy(dtype=float)}
+    )
     out = out[out[K.SOURCE] != out[K.TARGET]]
     if known is not None:
         known = set(known)
@@ -128,7 +131,8 @@ def check_net(net: pd.DataFrame, argument: str, *, known: Collection[str] | None
                 "Bring both to the same kind of gene names (symbols or Ensembl identifiers, same organism)."
             )
         out = out[inside]
-    return out.groupby([K.SOURCE, K.TARGET], sort=True, as_index=False)[K.WEIGHT].mean()
+    mean: Any = out.groupby([K.SOURCE, K.TARGET], sort=True, as_index=False)[K.WEIGHT].mean()
+    return mean
 
 
 def check_sequence_of_names(name: str, value: str | Sequence[str]) -> list[str]:

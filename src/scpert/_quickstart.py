@@ -31,7 +31,7 @@ NAMES = {
     "mse_delta": "squared error",
     "centroid_accuracy": "centroid accuracy",
 }
-_EMBEDDED = {"n_cells": 4000, "n_genes": 200, "n_targets": 12, "n_combinations": 4, "platform": "targeted"}
+_EMBEDDED: dict[str, Any] = {"n_cells": 4000, "n_genes": 200, "n_targets": 12, "n_combinations": 4, "platform": "targeted"}
 #: Enough test cells for a noise ceiling that means something.
 _FRACTIONS = {"cells": (0.6, 0.1, 0.3), "perturbations": (0.7, 0.1, 0.2), "combinations": (0.7, 0.1, 0.2)}
 
@@ -111,11 +111,15 @@ def _load(data: str | Path | AnnData | None) -> tuple[AnnData, str]:
         return data.copy(), "an AnnData"
     path = Path(data)
     if not path.is_file():
-        raise MissingKeyError(f"There is no file {str(path)!r}. Give the path of an .h5ad file, or none for simulated data.")
+        raise MissingKeyError(
+            f"There is no file {str(path)!r}. Give the path of an .h5ad file, or none for simulated data."
+        )
     try:
         adata = ad.read_h5ad(path)
     except (OSError, KeyError, ValueError) as error:
-        raise ScpertError(f"{str(path)!r} cannot be read as h5ad ({error}). Is it truncated, or of another format?") from error
+        raise ScpertError(
+            f"{str(path)!r} cannot be read as h5ad ({error}). Is it truncated, or of another format?"
+        ) from error
     return adata, path.name
 
 
@@ -188,7 +192,9 @@ def quickstart(
     check_choice("split", split, ("cells", "perturbations", "combinations"))
     cls = MODELS[names[model.casefold()]]
     if not hasattr(cls, "predict_perturbation"):
-        raise ScpertError(f"{cls.__name__} does not predict perturbations. Choose another of {listing(sorted(names), 30)}.")
+        raise ScpertError(
+            f"{cls.__name__} does not predict perturbations. Choose another of {listing(sorted(names), 30)}."
+        )
     clock = _Clock()
     print("scpert quickstart")
     with clock("read and check"):
@@ -203,7 +209,9 @@ def quickstart(
     parts = {part: adata[adata.obs[K.SPLIT].astype(str) == part].copy() for part in (K.TRAIN, K.TEST)}
 
     options = {"split_key": K.SPLIT, "library_size_key": library_size_key}
-    print(f"  {adata.n_obs} cells x {adata.n_vars} genes, {adata.obs[K.PERTURBATION].nunique() - 1} perturbations of {origin}")
+    print(
+        f"  {adata.n_obs} cells x {adata.n_vars} genes, {adata.obs[K.PERTURBATION].nunique() - 1} perturbations of {origin}"
+    )
     with clock(f"train {cls.__name__}"):
         cls.setup_anndata(adata, **options)
         trained = cls(adata)
@@ -259,14 +267,22 @@ def quickstart(
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    result = QuickstartResult(adata, trained, predictions[cls.__name__], scores, per_perturbation, net, folder, clock.seconds)
+    result = QuickstartResult(
+        adata, trained, predictions[cls.__name__], scores, per_perturbation, net, folder, clock.seconds
+    )
     with clock("write report and results"):
         _write(adata, folder / "results.h5ad")
         _write(result.prediction, folder / "prediction.h5ad")
         scores.to_csv(folder / "scores.csv", index=False)
         trained.save(folder / "model", overwrite=True)
         write_report(
-            result, audit=audit, origin=origin, digest=digest, observed=parts[K.TEST], library_size_key=library_size_key, split=split
+            result,
+            audit=audit,
+            origin=origin,
+            digest=digest,
+            observed=parts[K.TEST],
+            library_size_key=library_size_key,
+            split=split,
         )
     print()
     print(score_table(scores).to_string())

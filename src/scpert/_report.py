@@ -117,7 +117,7 @@ def write_report(
     else:
         verdict = f"Verdict on the shift: {top['verdict']}."
     body.append(
-        f"<p>{html.escape(verdict)} Metrics are means over {int(top['n'])} perturbations; limits come from resampling them.</p>"
+        f"<p>{html.escape(verdict)} Metrics are means over {int(float(top['n']))} perturbations; limits come from resampling them.</p>"
     )
     body.append(
         "<p>The ceiling is one half of the test cells predicting the other half. A model that learned from more cells than "
@@ -168,7 +168,7 @@ def write_report(
         body.append(_table(net.head(15), index=False))
 
     body.append("<h2>Data</h2>")
-    counts = pd.crosstab(adata.obs[K.PERTURBATION].astype(str), adata.obs[K.SPLIT].astype(str))
+    counts = pd.crosstab(adata.obs[K.PERTURBATION].astype(str).to_numpy(), adata.obs[K.SPLIT].astype(str).to_numpy())
     body.append(
         f"<p>{html.escape(origin)}: {adata.n_obs} cells, {adata.n_vars} genes, {len(counts) - 1} perturbations.</p>"
     )

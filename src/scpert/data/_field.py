@@ -100,11 +100,11 @@ class PerturbationField(BaseAnnDataField):
                 raise ScpertError(f"adata.obs[{split_key!r}] has no 'train' cell: nothing to learn from.")
         if o["matched_control_key"] is not None:
             matched = check_obs_key(adata, o["matched_control_key"], "matched_control_key").astype(str)
-            strange = ~matched.isin(adata.obs_names)
-            if strange.any():
+            absent = ~matched.isin(adata.obs_names)
+            if absent.any():
                 raise MissingKeyError(
-                    f"adata.obs[{o['matched_control_key']!r}] names {int(strange.sum())} cells that are not in the AnnData "
-                    f"(first: {matched[strange].iloc[0]!r}). Run scpert.pp.match_controls on this very AnnData."
+                    f"adata.obs[{o['matched_control_key']!r}] names {int(absent.sum())} cells that are not in the AnnData "
+                    f"(first: {matched[absent].iloc[0]!r}). Run scpert.pp.match_controls on this very AnnData."
                 )
         quality_failures(adata, o["quality_key"])
         covariates = {}

@@ -75,7 +75,7 @@ def targets_of(labels: Iterable[str], control: str = K.CONTROL) -> list[str]:
 
 
 def encode(
-    labels: Sequence[str], vocabulary: Sequence[str], control: str = K.CONTROL, width: int | None = None
+    labels: Sequence[str] | np.ndarray, vocabulary: Sequence[str], control: str = K.CONTROL, width: int | None = None
 ) -> np.ndarray:
     """Integer codes of the labels' targets, padded with -1.
 

@@ -362,9 +362,7 @@ class Screen:
             row = start + int(np.searchsorted(block.indptr, int(block.data.argmin()), "right")) - 1
             raise ScaleError(f"{self.where} holds negative values (first in row {row}), which {self.scale} cannot be.")
 
-    def chunks(
-        self, *, normalised: bool = True, chunk: int = CHUNK_ROWS
-    ) -> Iterator[tuple[slice, sparse.csr_matrix]]:
+    def chunks(self, *, normalised: bool = True, chunk: int = CHUNK_ROWS) -> Iterator[tuple[slice, sparse.csr_matrix]]:
         """Yield ``(rows, CSR block)`` over all cells; log1p CP10k unless ``normalised=False``. One pass."""
         own_size = self.library_size_key is None and "library_size" not in self.__dict__
         sizes = None if own_size or self.scale != K.SCALE_COUNTS else self.library_size

@@ -56,7 +56,8 @@ class _BestState(lightning.Callback):
 
     def __init__(self, module: torch.nn.Module, monitor: str):
         self.module, self.monitor = module, monitor
-        self.best, self.state, self.epoch = np.inf, None, -1
+        self.best, self.epoch = np.inf, -1
+        self.state: dict[str, torch.Tensor] | None = None
         self.interrupted = False
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -409,6 +410,10 @@ class PerturbationModel(BaseModel):
     _batch_size = 256
     _group_labels: int | None = None
 
+    #: Effects of the training cells, and control cells to predict from; ``None`` before training.
+    effects_: Effects
+    reference_: Reference
+
     @classmethod
     def setup_anndata(
         cls,
@@ -472,14 +477,23 @@ class PerturbationModel(BaseModel):
             adata._init_as_actual(adata.copy())
         manager = AnnDataManager(
             fields=[field],
-            setup_method_args={"model_name": cls.__name__, "setup_method_name": "setup_anndata", "setup_args": arguments},
+            setup_method_args={
+                "model_name": cls.__name__,
+                "setup_method_name": "setup_anndata",
+                "setup_args": arguments,
+            },
         )
         manager.register_fields(adata)
         cls.register_manager(manager)
 
     @classmethod
     def setup_mudata(
-        cls, mdata: MuData, *, modalities: Mapping[str, str] | None = None, perturbation_key: str = K.PERTURBATION, **kwargs: Any
+        cls,
+        mdata: MuData,
+        *,
+        modalities: Mapping[str, str] | None = None,
+        perturbation_key: str = K.PERTURBATION,
+        **kwargs: Any,
     ) -> None:
         """Set up from a MuData: expression in one modality, labels in obs or in a guide modality.
 
@@ -499,7 +513,9 @@ class PerturbationModel(BaseModel):
             As in :meth:`setup_anndata`.
         """
         names = dict(modalities or {})
-        rna = names.get("rna") or ("rna" if "rna" in mdata.mod else next(iter(mdata.mod)) if len(mdata.mod) == 1 else None)
+        rna = names.get("rna") or (
+            "rna" if "rna" in mdata.mod else next(iter(mdata.mod)) if len(mdata.mod) == 1 else None
+        )
         if rna is None or rna not in mdata.mod:
             raise MissingKeyError(
                 f"Which modality holds the expression? Pass modalities={{'rna': name}}; there are {listing(mdata.mod)}."
@@ -535,8 +551,8 @@ class PerturbationModel(BaseModel):
         self.scale_: str = state["scale"]
         self.covariates_: dict[str, list[str]] = dict(state["covariates"])
         self._field_state = state
-        self.effects_: Effects | None = None
-        self.reference_: Reference | None = None
+        self.effects_ = None  # type: ignore[assignment]
+        self.reference_ = None  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------ data
 
@@ -608,7 +624,9 @@ class PerturbationModel(BaseModel):
                 "They are not filled with zeros: give data with these genes, or train the model on the shared ones."
             )
         extra = adata.n_vars - self.n_genes
-        logger.info("genes are aligned by name%s", f"; {extra} genes that the model does not know are left out" if extra else "")
+        logger.info(
+            "genes are aligned by name%s", f"; {extra} genes that the model does not know are left out" if extra else ""
+        )
         return adata[:, self.genes_].copy()
 
     def _attach(self, adata: AnnData) -> None:
@@ -625,7 +643,8 @@ class PerturbationModel(BaseModel):
         key = self.setup_args_["perturbation_key"]
         if key in adata.obs.columns and (adata.obs[key].astype(str) == self.control_).any():
             adata = adata[(adata.obs[key].astype(str) == self.control_).to_numpy()]
-        labelled = AnnData(obs=adata.obs.copy(), var=adata.var[[]])
+        obs: Any = adata.obs.copy()
+        labelled = AnnData(obs=obs, var=pd.DataFrame(index=adata.var_names))
         labelled.X = adata.X
         layer = self._field_state["layer"]
         if layer is not None:
@@ -748,7 +767,9 @@ class PerturbationModel(BaseModel):
         rows = []
         for gene in genes:
             trained = gene in self._trained_targets
-            alias = next((k for k in suggest(gene, self._known, 1) if k.casefold() == gene.casefold() and k != gene), "")
+            alias = next(
+                (k for k in suggest(gene, self._known, 1) if k.casefold() == gene.casefold() and k != gene), ""
+            )
             status = (
                 "trained"
                 if trained
@@ -975,7 +996,12 @@ class PerturbationModel(BaseModel):
         return out
 
     def _complete(
-        self, targets: list[tuple[str, ...]], status: list[str], reference: Reference, rng: np.random.Generator, size: int
+        self,
+        targets: list[tuple[str, ...]],
+        status: list[str],
+        reference: Reference,
+        rng: np.random.Generator,
+        size: int,
     ) -> Prediction:
         """Predictions of the model, with the mean effect where it has none; updates ``status`` in place."""
         informed = [i for i, t in enumerate(targets) if t]
@@ -1020,7 +1046,7 @@ class PerturbationModel(BaseModel):
             if cells is None:
                 cells = PerturbationModel._predict_cells(self, wanted, prediction.delta[row], start, rng, size)
             blocks.append(sparse.csr_matrix(cells.astype(np.float32)))
-        obs = self._obs(np.repeat(labels, n), np.repeat(status, n))
+        obs = self._obs(np.repeat(labels, n).tolist(), np.repeat(status, n).tolist())
         obs.index = [f"{label}_{i}" for label in labels for i in range(n)]
         out = AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=self.genes_))
         out.uns[K.UNS] = note
@@ -1125,7 +1151,7 @@ class ClosedFormModel(PerturbationModel):
         self.__dict__.pop("_trained_targets", None)
         self.random_state_ = random_state
         self._fit()
-        self.history_ = {}
+        self.history_: dict[str, pd.DataFrame] = {}
         self.is_trained_ = True
 
     def _fit(self) -> None:
@@ -1151,7 +1177,9 @@ def _labels_from_guides(guides: AnnData, cells: pd.Index, control: str) -> pd.Ca
     is_control = np.array([t.casefold() in CONTROL_NAMES or t == control for t in target])
     missing = cells.difference(guides.obs_names)
     if len(missing):
-        raise LabelError(f"{len(missing)} cells are not in the guide modality (first: {missing[0]!r}). Intersect them first.")
+        raise LabelError(
+            f"{len(missing)} cells are not in the guide modality (first: {missing[0]!r}). Intersect them first."
+        )
     calls = guides[cells].X
     calls = calls.tocsr() if sparse.issparse(calls) else sparse.csr_matrix(np.asarray(calls))
     calls.eliminate_zeros()
@@ -1161,4 +1189,5 @@ def _labels_from_guides(guides: AnnData, cells: pd.Index, control: str) -> pd.Ca
         if len(hit) == 0:
             raise LabelError(f"The cell {cells[i]!r} has no guide. Drop cells without a guide: they are not controls.")
         labels.append(join({str(t) for t in target[hit[~is_control[hit]]]}, control))
-    return pd.Categorical(labels)
+    out: Any = pd.Categorical(labels)
+    return out

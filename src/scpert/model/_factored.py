@@ -52,9 +52,7 @@ def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int 
     pi0, tau2 = 0.9, max(float(np.quantile(flat**2, 0.99)), 4.0)
 
     def posterior(values: np.ndarray) -> np.ndarray:
-        log_odds = (
-            np.log((1 - pi0) / pi0) - 0.5 * np.log1p(tau2) + 0.5 * values**2 * (1 - 1 / (1 + tau2))
-        )
+        log_odds = np.log((1 - pi0) / pi0) - 0.5 * np.log1p(tau2) + 0.5 * values**2 * (1 - 1 / (1 + tau2))
         return 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
 
     for _ in range(n_iterations):
@@ -73,6 +71,10 @@ class _Factored(PerturbationModel):
     _preset: Mapping[str, Any] = {}
     _max_epochs = 100
     _group_labels = 32
+
+    #: What measured effects add to the network's shift, ``(perturbation, gene)``; ``None`` without shrinkage.
+    shrinkage_: Any
+    spread_: np.ndarray
 
     def _build(self, options: dict[str, Any], **module: Any) -> None:
         check_positive("n_latent", options["n_latent"])
@@ -117,7 +119,7 @@ class _Factored(PerturbationModel):
         if self.module.published and self.module.gene_space and self.module.grn_weight > 0:
             partners.append("control")
         self._partners = tuple(partners)
-        self.shrinkage_: np.ndarray | None = None
+        self.shrinkage_ = None
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -177,14 +179,14 @@ class _Factored(PerturbationModel):
         if module.gene_space and not module.published:
             evidence, _ = signed_evidence(effects.delta, effects.std_error)
             row = {label: i for i, label in enumerate(effects.labels)}
-            group = {label: i for i, label in enumerate(names)}
+            group_of = {label: i for i, label in enumerate(names)}
             signed = np.zeros((len(self.targets_), self.n_genes), dtype=np.float32)
             weight = np.zeros_like(signed)
             log_fold = np.zeros_like(signed)
             for t, target in enumerate(self.targets_):
                 if target in row:
                     signed[t] = evidence[row[target]]
-                    log_fold[t] = np.clip(log_rate[group[target]] - base, -4, 4)
+                    log_fold[t] = np.clip(log_rate[group_of[target]] - base, -4, 4)
                     weight[t] = np.isfinite(effects.std_error[row[target]])
                     if self._target_gene[t] >= 0:
                         weight[t, self._target_gene[t]] = 0.0  # the perturbation itself is no edge
@@ -766,7 +768,9 @@ class GPOVAE(_Factored):
             process.train()
             share, centre = 0.0, np.zeros(self.n_genes)
             if len(process.loo_) >= 3:
-                loo = self._decode_effects(torch.from_numpy(process.loo_.astype(np.float32)).to(self.device), self.reference_)
+                loo = self._decode_effects(
+                    torch.from_numpy(process.loo_.astype(np.float32)).to(self.device), self.reference_
+                )
                 centre = loo.mean(axis=0)
                 measured = self.effects_.delta[[self.effects_.singles[t] for t in process.singles_]]
                 x, y = loo - centre, measured - measured.mean(axis=0)

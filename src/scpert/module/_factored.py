@@ -125,10 +125,9 @@ class FactoredModule(BaseModuleClass):
         self.register_buffer("x_mean", torch.zeros(n_genes))
         self.register_buffer("x_std", torch.ones(n_genes))
         self.register_buffer("cells_per_target", torch.ones(n_targets))
-        target_gene = torch.as_tensor(np.asarray(target_gene), dtype=torch.long)
-        self.register_buffer("hop_rows", torch.nonzero(target_gene >= 0).ravel())
-        self.register_buffer("hop_columns", target_gene[target_gene >= 0])
-        self.register_buffer("target_gene", target_gene)
+        column = torch.as_tensor(np.asarray(target_gene), dtype=torch.long)
+        self.register_buffer("hop_rows", torch.nonzero(column >= 0).ravel())
+        self.register_buffer("hop_columns", column[column >= 0])
         # evidence of the training cells, needed only while training: sign x probability of an effect
         self.register_buffer("evidence", torch.zeros(0), persistent=False)
         self.register_buffer("evidence_weight", torch.zeros(0), persistent=False)
@@ -175,7 +174,9 @@ class FactoredModule(BaseModuleClass):
     def _get_inference_input(self, tensors: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
         return {"tensors": tensors}
 
-    def _get_generative_input(self, tensors: dict[str, Tensor], inference_outputs: dict, **kwargs: Any) -> dict[str, Any]:
+    def _get_generative_input(
+        self, tensors: dict[str, Tensor], inference_outputs: dict, **kwargs: Any
+    ) -> dict[str, Any]:
         return {"tensors": tensors, "inference_outputs": inference_outputs}
 
     def one_hot(self, covariates: Tensor) -> Tensor | None:
@@ -297,7 +298,9 @@ class FactoredModule(BaseModuleClass):
             extra["grn"] = self._alignment_published(tensors, o) if self.published else self._alignment(o["rows"])
             loss = loss + self.grn_weight * extra["grn"]
         if self.gene_space and self.use_mask and self.sparsity_weight > 0 and len(o["rows"]):
-            extra["sparsity"] = torch.sigmoid(self.mask_logits if self.published else self.mask_logits[o["rows"]]).mean()
+            extra["sparsity"] = torch.sigmoid(
+                self.mask_logits if self.published else self.mask_logits[o["rows"]]
+            ).mean()
             loss = loss + self.sparsity_weight * extra["sparsity"]
         return LossOutput(
             loss=loss,
