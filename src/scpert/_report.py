@@ -107,7 +107,7 @@ def write_report(
     classes = {name: "me", table.index[-1]: "top"}
     body += ["<h2>How good is the prediction?</h2>", _table(table, classes)]
     mine = result.scores[result.scores["model"] == name].set_index("metric")
-    top = mine.loc["pearson_delta"]
+    top: Any = mine.loc["pearson_delta"]
     if np.isfinite(top["score"]):
         verdict = (
             f"On cells that no model saw, {name} reaches a calibrated score of {top['score']:.2f} "
@@ -117,7 +117,7 @@ def write_report(
     else:
         verdict = f"Verdict on the shift: {top['verdict']}."
     body.append(
-        f"<p>{html.escape(verdict)} Metrics are means over {int(float(top['n']))} perturbations; limits come from resampling them.</p>"
+        f"<p>{html.escape(verdict)} Metrics are means over {int(top['n'])} perturbations; limits come from resampling them.</p>"
     )
     body.append(
         "<p>The ceiling is one half of the test cells predicting the other half. A model that learned from more cells than "

@@ -1132,7 +1132,7 @@ class ClosedFormModel(PerturbationModel):
     ``None``; what is fitted is kept in attributes named by ``_fitted`` and saved.
     """
 
-    _scales = K.SCALES
+    _scales: tuple[str, ...] = K.SCALES
     _fitted: tuple[str, ...] = ()
 
     def train(

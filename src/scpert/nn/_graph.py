@@ -37,7 +37,7 @@ def net_matrix(net: pd.DataFrame, nodes: Sequence[str], *, symmetric: bool = Fal
         Whether the larger weight of the two directions counts for both.
     """
     index = pd.Index(nodes)
-    rows, columns = index.get_indexer(net[K.SOURCE].to_numpy()), index.get_indexer(net[K.TARGET].to_numpy())
+    rows, columns = index.get_indexer(pd.Index(net[K.SOURCE])), index.get_indexer(pd.Index(net[K.TARGET]))
     inside = (rows >= 0) & (columns >= 0)
     weight = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
     matrix = sparse.csr_matrix((weight, (rows[inside], columns[inside])), shape=(len(index), len(index)))

@@ -118,8 +118,8 @@ def _draw_network(net: pd.DataFrame, ax: Axes, random_state: int, gene: str | No
         both = graph.has_edge(target, source)
         ax.add_patch(
             FancyArrowPatch(
-                position[source],
-                position[target],
+                tuple(position[source]),
+                tuple(position[target]),
                 arrowstyle="-|>" if w > 0 else "|-|,widthA=0,widthB=3",
                 mutation_scale=9 if w > 0 else 2,
                 connectionstyle=f"arc3,rad={0.18 if both else 0.05}",

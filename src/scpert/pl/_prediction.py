@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_positive, listing
@@ -276,8 +277,8 @@ def top_genes(
     unknown = [g for g in genes if g not in shared]
     if unknown:
         raise MissingKeyError(f"Not measured or not predicted: {listing(unknown)}.")
-    mine = screen.genes.get_indexer(genes)
-    theirs = predicted.var_names.get_indexer(genes)
+    mine = screen.genes.get_indexer(pd.Index(genes))
+    theirs = predicted.var_names.get_indexer(pd.Index(genes))
     rows = _row(predicted, label)
     ax = new_axes(ax, (max(5, 0.42 * len(genes)), 3.4))
     place = np.arange(len(genes))

@@ -495,7 +495,7 @@ def split(
     if plan.fold is not None:
         adata.obs[f"{key_added}_fold"] = plan.fold.astype(np.int64)
     elif f"{key_added}_fold" in adata.obs.columns:
-        adata.obs = pd.DataFrame(adata.obs).drop(columns=f"{key_added}_fold")
+        del adata.obs[f"{key_added}_fold"]
     record(
         adata,
         key_added,
