@@ -67,7 +67,9 @@ def test_imports_run_one_way(path: Path):
 
 def test_import_is_light():
     code = "import sys, json, scpert; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
-    loaded = set(json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout))
+    loaded = set(
+        json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    )
     assert not loaded & {"torch", "scvi", "scanpy", "anndata", "lightning", "sklearn", "matplotlib", "decoupler", "ot"}
 
 

@@ -95,7 +95,9 @@ def test_evaluation_repeats_and_order_does_not_matter(name, trained):
     double = next(x for x in model.labels_ if "+" in x)
     a, b = double.split("+")
     if double in labels:
-        np.testing.assert_array_equal(model.predict_perturbation(f"{b}+{a}").X, model.predict_perturbation(f"{a}+{b}").X)
+        np.testing.assert_array_equal(
+            model.predict_perturbation(f"{b}+{a}").X, model.predict_perturbation(f"{a}+{b}").X
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +154,11 @@ def test_unknown_targets(name, trained):
         model.predict_perturbation("control")
     mean = model.predict_perturbation("NOSUCHGENE", on_unknown="mean")
     assert list(mean.obs["status"]) == ["fallback"]
-    np.testing.assert_allclose(mean.layers["delta"][0], np.maximum(model.effects_.mean + model.reference_.mean, 0) - model.reference_.mean, atol=1e-5)
+    np.testing.assert_allclose(
+        mean.layers["delta"][0],
+        np.maximum(model.effects_.mean + model.reference_.mean, 0) - model.reference_.mean,
+        atol=1e-5,
+    )
     near = model.predict_perturbation(known.lower() if known != known.lower() else known.upper(), on_unknown="nearest")
     np.testing.assert_allclose(near.X, model.predict_perturbation(known).X, atol=1e-6)
     table = model.coverage([known, "NOSUCHGENE"])
@@ -265,7 +271,9 @@ def test_mudata(small_screen):
     for i, label in enumerate(small_screen.obs["perturbation"]):
         hits = [f"{t}_1" for t in label.split("+")] if label != "control" else ["non-targeting_1"]
         calls[i, [names.index(h) for h in hits]] = 1
-    guide = ad.AnnData(sparse.csr_matrix(calls), obs=pd.DataFrame(index=small_screen.obs_names), var=pd.DataFrame(index=names))
+    guide = ad.AnnData(
+        sparse.csr_matrix(calls), obs=pd.DataFrame(index=small_screen.obs_names), var=pd.DataFrame(index=names)
+    )
     rna = small_screen.copy()
     wanted = rna.obs["perturbation"].astype(str).tolist()
     del rna.obs["perturbation"]
@@ -355,7 +363,9 @@ def test_bad_shapes(small_screen):
         model.train()
 
 
-@pytest.mark.parametrize("kind", ["integer", "float16", "csc", "dense", "view", "string", "backed", "dask", "zero_gene"])
+@pytest.mark.parametrize(
+    "kind", ["integer", "float16", "csc", "dense", "view", "string", "backed", "dask", "zero_gene"]
+)
 def test_forms_of_data(kind, small_screen, tmp_path):
     reference = small_screen.copy()
     adata = small_screen.copy()

@@ -38,7 +38,9 @@ def main() -> None:
     board.to_csv(Path(args.out) / "leaderboard.csv", index=False)
     for metric in ("pearson_delta", "centroid_accuracy"):
         part = board[board["metric"] == metric]
-        print(part[["task", "model", "rank", "value", "score", "lower", "upper", "n", "seconds"]].to_string(index=False))
+        print(
+            part[["task", "model", "rank", "value", "score", "lower", "upper", "n", "seconds"]].to_string(index=False)
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training throughput of GPO-VAE, beside scvi-tools' SCVI at equal widths and batch, in one run.
 
-    python docs/scripts/gpovae_speed.py [--genes 2000] [--targets 655] [--batch 256] [--cells 4096] [--threads 2]
+python docs/scripts/gpovae_speed.py [--genes 2000] [--targets 655] [--batch 256] [--cells 4096] [--threads 2]
 """
 
 from __future__ import annotations

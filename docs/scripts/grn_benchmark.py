@@ -1,6 +1,7 @@
 """Simulated screens: AUPRC of direct edges and of total effects, and the false discovery rate, for every method.
 
-``python grn_benchmark.py [--seeds 5] [--boosting] [--gpovae]``. Prints the tables of ``docs/grn/index.md``.
+``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--boosting] [--gpovae] [--save rows.csv]`` prints the tables of
+``docs/grn/index.md``; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in several processes).
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from sklearn.metrics import average_precision_score
 import scpert
 from scpert.tl._effects import benjamini_hochberg
 
-SETTINGS = {
-    f"{n} regulators, {name}, penetrance {p}, {cells} cells": {
-        "n_targets": n,
-        "n_genes": max(100, 2 * n),
-        "strength": strength,
-        "penetrance": p,
-        "cells_per_perturbation": cells,
-        "cycles": True,
+
+def settings(regulators: list[int]) -> dict[str, dict]:
+    return {
+        f"{n} regulators, {name}, penetrance {p}, {cells} cells": {
+            "n_targets": n,
+            "n_genes": max(100, 2 * n),
+            "strength": strength,
+            "penetrance": p,
+            "cells_per_perturbation": cells,
+            "cycles": True,
+        }
+        for n in regulators
+        for name, strength in (("weak", 0.25), ("strong", 0.6))
+        for p in (0.5, 1.0)
+        for cells in (30, 300)
     }
-    for n in (20, 100)
-    for name, strength in (("weak", 0.25), ("strong", 0.6))
-    for p in (0.5, 1.0)
-    for cells in (30, 300)
-}
+
+
 METHODS = {
     "interventional": {"threshold": 0},
     "rank statistics": {"threshold": 0, "statistic": "rank"},
@@ -82,12 +87,52 @@ def one(setting: dict, seed: int, methods: dict) -> list[dict]:
     return rows
 
 
+def summary(table: pd.DataFrame) -> None:
+    order = list(dict.fromkeys(table["method"]))
+    print(f"seeds per setting\n{table.groupby('setting', sort=False)['seed'].nunique().to_string()}")
+    for measure in ("direct", "total"):
+        wide = table.pivot_table(index="setting", columns="method", values=measure, sort=False)[order]
+        print(f"\nAUPRC, {measure}\n{wide.round(3).to_string()}\nmean\n{wide.mean().round(3).to_string()}")
+    direct = table.pivot_table(index=["setting", "seed"], columns="method", values="direct", sort=False)
+    rng = np.random.default_rng(0)
+    print("\ngain of direct AUPRC over the effect size (95 % by bootstrap over screens)")
+    kinds = {"all": direct.index.get_level_values("setting") != ""}
+    for word in ("20 regulators", "100 regulators", "300 regulators"):
+        for strength in ("weak", "strong"):
+            kinds[f"{word}, {strength}"] = direct.index.get_level_values("setting").str.startswith(
+                f"{word}, {strength}"
+            )
+    for kind, rows in kinds.items():
+        for name in order[2:] if rows.any() else []:
+            gain = (direct.loc[rows, name] - direct.loc[rows, "effect size"]).to_numpy()
+            means = [rng.choice(gain, len(gain)).mean() for _ in range(2000)]
+            low, high = np.quantile(means, [0.025, 0.975])
+            better = int((gain > 0).sum())
+            print(
+                f"  {kind:24s} {name:16s} {gain.mean():+.3f} [{low:+.3f}, {high:+.3f}] better in {better} of {len(gain)}"
+            )
+    rate = table.groupby(["method", "setting"], sort=False)[["false", "found"]].sum()
+    rate = rate[rate["found"] > 0]
+    rate["fdr"] = rate["false"] / rate["found"]
+    print("\nfalse discovery rate at nominal 0.05, pooled over seeds\n", rate.round(3).to_string())
+    pooled = rate.groupby("method", sort=False)[["false", "found"]].sum()
+    print("\nover all settings\n", (pooled["false"] / pooled["found"]).round(3).to_string())
+    seconds = table.pivot_table(index="setting", columns="method", values="seconds", sort=False)
+    print(f"\nseconds\n{seconds.round(2).to_string()}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--regulators", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--boosting", action="store_true")
     parser.add_argument("--gpovae", action="store_true")
+    parser.add_argument("--save")
+    parser.add_argument("--load", nargs="+")
     arguments = parser.parse_args()
+    if arguments.load:
+        summary(pd.concat([pd.read_csv(file) for file in arguments.load], ignore_index=True))
+        return
     scpert.settings.progress = False
     methods = dict(METHODS)
     if arguments.boosting:
@@ -95,30 +140,14 @@ def main() -> None:
     if arguments.gpovae:
         methods["gpovae"] = {"method": "gpovae", "threshold": 0}
     rows = []
-    for name, setting in SETTINGS.items():
-        for seed in range(arguments.seeds):
-            rows += [{"setting": name, "seed": seed, **row} for row in one(setting, seed, methods)]
-        done = pd.DataFrame([row for row in rows if row["setting"] == name])
-        sums = done.groupby("method", sort=False)[["false", "found"]].sum()
-        print(name, done.groupby("method", sort=False)["direct"].mean().round(3).to_dict(), flush=True)
-        print("   total", done.groupby("method", sort=False)["total"].mean().round(3).to_dict(), flush=True)
-        print("   fdr", (sums["false"] / sums["found"]).dropna().round(3).to_dict(), flush=True)
-    table = pd.DataFrame(rows)
-    order = list(dict.fromkeys(table["method"]))
-    for measure in ("direct", "total"):
-        wide = table.pivot_table(index="setting", columns="method", values=measure, sort=False)[order]
-        print(f"\nAUPRC, {measure}\n{wide.round(3).to_string()}\nmean\n{wide.mean().round(3).to_string()}")
-    direct = table.pivot_table(index=["setting", "seed"], columns="method", values="direct", sort=False)
-    rng = np.random.default_rng(0)
-    print("\ngain of direct AUPRC over the effect size (95 % by bootstrap over screens)")
-    for name in order[2:]:
-        gain = (direct[name] - direct["effect size"]).to_numpy()
-        means = [rng.choice(gain, len(gain)).mean() for _ in range(2000)]
-        print(f"  {name:16s} {gain.mean():+.3f} [{np.quantile(means, 0.025):+.3f}, {np.quantile(means, 0.975):+.3f}]")
-    rate = table.groupby(["method", "setting"], sort=False)[["false", "found"]].sum()
-    rate = rate[rate["found"] > 0]
-    rate["fdr"] = rate["false"] / rate["found"]
-    print("\nfalse discovery rate at nominal 0.05, pooled over seeds\n", rate.round(3).to_string())
+    for seed in range(arguments.seeds):
+        for name, setting in settings(arguments.regulators).items():
+            found = one(setting, seed, methods)
+            rows += [{"setting": name, "seed": seed, **row} for row in found]
+            print(seed, name, {row["method"]: round(row["direct"], 3) for row in found}, flush=True)
+            if arguments.save:
+                pd.DataFrame(rows).to_csv(arguments.save, index=False)
+    summary(pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def run(tool: str, real: str, predicted: str, out: str) -> None:
     assert table is not None
     table.attrs = {}
     table.to_csv(out + ".csv")
-    Path(out + ".json").write_text(json.dumps({"seconds": min(times[1:]), "first_seconds": times[0], "megabytes": peak}))
+    Path(out + ".json").write_text(
+        json.dumps({"seconds": min(times[1:]), "first_seconds": times[0], "megabytes": peak})
+    )
 
 
 def main() -> None:

@@ -16,7 +16,20 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["benchmark", "datasets", "errors", "get", "metrics", "model", "pl", "pp", "quickstart", "resources", "settings", "tl"]
+__all__ = [
+    "benchmark",
+    "datasets",
+    "errors",
+    "get",
+    "metrics",
+    "model",
+    "pl",
+    "pp",
+    "quickstart",
+    "resources",
+    "settings",
+    "tl",
+]
 
 if TYPE_CHECKING:
     from . import benchmark, datasets, errors, get, metrics, model, pl, pp, resources, tl

@@ -66,7 +66,9 @@ class _Packer:
             if all(isinstance(k, str) for k in value) and _MARK not in value:
                 return {k: self.pack(v, f"{where}[{k!r}]") for k, v in value.items()}
             return {_MARK: "dict", "value": [[self.pack(k, where), self.pack(v, where)] for k, v in value.items()]}
-        raise ScpertError(f"{where} is a {type(value).__name__}, which cannot be saved: use numbers, text, arrays, tables.")
+        raise ScpertError(
+            f"{where} is a {type(value).__name__}, which cannot be saved: use numbers, text, arrays, tables."
+        )
 
 
 def _unpack(value: Any, arrays: dict[str, np.ndarray], tables: dict[str, pd.DataFrame]) -> Any:
@@ -92,7 +94,9 @@ def _unpack(value: Any, arrays: dict[str, np.ndarray], tables: dict[str, pd.Data
     raise FileFormatError(f"model.json holds an entry of the unknown kind {kind!r}: the file is damaged.")
 
 
-def save_directory(path: str | os.PathLike, content: dict[str, Any], weights: dict[str, Any], *, overwrite: bool) -> None:
+def save_directory(
+    path: str | os.PathLike, content: dict[str, Any], weights: dict[str, Any], *, overwrite: bool
+) -> None:
     """Write a model directory atomically.
 
     Parameters
@@ -115,7 +119,9 @@ def save_directory(path: str | os.PathLike, content: dict[str, Any], weights: di
             raise ScpertError(f"{str(path)!r} is a file. Give the name of a directory.")
         occupied = any(path.iterdir())
         if occupied and not overwrite:
-            raise ScpertError(f"The directory {str(path)!r} exists and is not empty. Pass overwrite=True to replace it.")
+            raise ScpertError(
+                f"The directory {str(path)!r} exists and is not empty. Pass overwrite=True to replace it."
+            )
         if occupied and not (path / "model.json").exists():
             raise ScpertError(
                 f"The directory {str(path)!r} holds other files than a model and is not replaced. Choose another name."
@@ -127,7 +133,9 @@ def save_directory(path: str | os.PathLike, content: dict[str, Any], weights: di
     try:
         if weights:
             # clone: tensors that share memory cannot be written
-            save_tensors({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, draft / "weights.safetensors")
+            save_tensors(
+                {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, draft / "weights.safetensors"
+            )
         if packer.arrays:
             save_arrays({k: np.ascontiguousarray(v) for k, v in packer.arrays.items()}, draft / "arrays.safetensors")
         if packer.tables:

@@ -103,7 +103,9 @@ def k_hop_scale(adjacency: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     return (square.sum(0).max() * square.sum(1).max()).sqrt().clamp_min(1.0)
 
 
-def k_hop(start: Tensor, adjacency: Tensor, columns: Tensor, rows: Tensor, n_hops: int, scale: Tensor | float) -> Tensor:
+def k_hop(
+    start: Tensor, adjacency: Tensor, columns: Tensor, rows: Tensor, n_hops: int, scale: Tensor | float
+) -> Tensor:
     r"""Effects that reach genes over at most ``n_hops`` intermediate regulators.
 
     .. math:: T_K = \sum_{k=0}^{K} a\,(\gamma \hat A)^k
@@ -128,7 +130,11 @@ def k_hop(start: Tensor, adjacency: Tensor, columns: Tensor, rows: Tensor, n_hop
     total = step = start
     if n_hops == 0 or len(rows) == 0:
         return total
-    onward = adjacency if len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all()) else adjacency[rows]
+    onward = (
+        adjacency
+        if len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+        else adjacency[rows]
+    )
     for _ in range(n_hops):
         step = (step[:, columns] / scale) @ onward
         total = total + step
@@ -190,4 +196,6 @@ class ExpectedLog1p:
     def inverse(self, mean: np.ndarray) -> np.ndarray:
         """Log rate whose expected log1p CP10k is ``mean``, ``(gene,)``."""
         grid = np.linspace(self.low, self.high, self.n_grid)
-        return np.array([np.interp(m, np.maximum.accumulate(row), grid) for m, row in zip(mean, self.table, strict=True)])
+        return np.array(
+            [np.interp(m, np.maximum.accumulate(row), grid) for m, row in zip(mean, self.table, strict=True)]
+        )
