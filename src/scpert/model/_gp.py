@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy import linalg, optimize
 
 from .._checks import check_positive, listing
+from .._progress import progress
 from ..data._perturbation import join, parse
 from ..errors import LabelError, UnknownTargetError
 from ._base import Prediction, Reference
@@ -27,6 +28,8 @@ MAX_LEARN = 1000
 MAX_RANK = 150
 COVERAGE = 0.9
 _NOISE = np.geomspace(0.1, 1000.0, 25)
+#: Levels of noise that components share where every level costs a factorisation of all rows.
+MAX_LEVELS = 6
 
 
 def _inverse(A: np.ndarray) -> np.ndarray:
@@ -313,7 +316,7 @@ class KnowledgeGP(KnowledgeModel):
         values, vectors = np.linalg.eigh(whitened)
         values = np.maximum(values, 0.0)
         rotated = vectors.T @ (scores[L] / root[:, None])
-        loo, choice = self._component_noise(values, vectors, rotated, root)
+        loo, choice = self._component_noise(values, vectors, rotated, root, len(_NOISE) if len(L) == n else MAX_LEVELS)
         self.noise_component_ = _NOISE[choice]
         if len(L) == n:
             inner = rotated / (values[:, None] + self.noise_component_)
@@ -325,20 +328,37 @@ class KnowledgeGP(KnowledgeModel):
         self._fit_rest(delta[L], rows[L], amplitude[L], stack, scores[L] - loo)
 
     def _component_noise(
-        self, values: np.ndarray, vectors: np.ndarray, rotated: np.ndarray, root: np.ndarray
+        self,
+        values: np.ndarray,
+        vectors: np.ndarray,
+        rotated: np.ndarray,
+        root: np.ndarray,
+        n_levels: int = len(_NOISE),
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Leave-one-out errors ``(row, component)`` at the best noise of each component, and which that is."""
+        """Leave-one-out errors ``(row, component)`` at the best noise of each component, and which that is.
+
+        At most ``n_levels`` different levels are used, added one by one as they reduce the summed error most.
+        """
         errors = []
         for noise in _NOISE:
             h = 1.0 / (values + noise)
             errors.append((vectors @ (h[:, None] * rotated)) / ((vectors**2) @ h)[:, None] * root[:, None])
         stacked = np.stack(errors)
-        choice = (stacked**2).mean(axis=1).argmin(axis=0)
-        # few distinct levels keep large problems cheap: leading components have their own, the rest share neighbours
+        losses = (stacked**2).mean(axis=1)
+        if n_levels < len(_NOISE):
+            kept: list[int] = []
+            best = np.full(losses.shape[1], np.inf)
+            for _ in range(n_levels):
+                kept.append(int(np.minimum(losses, best).sum(axis=1).argmin()))
+                best = np.minimum(best, losses[kept[-1]])
+            levels = np.unique(kept)
+            choice = levels[losses[levels].argmin(axis=0)]
+        else:
+            choice = losses.argmin(axis=0)
         return stacked[choice, :, np.arange(len(choice))].T, choice
 
     def _solve_all(self, names: list[str], scores: np.ndarray) -> np.ndarray:
-        """Dual coefficients for all rows, by one Cholesky factor per group of components with like noise."""
+        """Dual coefficients for all rows, by one Cholesky factor per level of noise."""
         n = len(names)
         A = np.zeros((n, n), dtype=np.float32)
         step = 1024
@@ -346,12 +366,11 @@ class KnowledgeGP(KnowledgeModel):
             part = names[start : start + step]
             A[start : start + step] = np.tensordot(self.theta_, self._stack(part, names), 1)
         A = 0.5 * (A + A.T)
-        order = np.argsort(self.noise_component_, kind="stable")
         alpha = np.zeros_like(scores)
-        for group in np.array_split(order, min(3, len(order))):
-            if len(group) == 0:
-                continue
-            level = float(np.exp(np.log(self.noise_component_[group]).mean()))
+        for level in progress(
+            np.unique(self.noise_component_), description="solve for all perturbations", unit="level"
+        ):
+            group = np.flatnonzero(self.noise_component_ == level)
             B = A.copy()
             B[np.diag_indices(n)] += (level * self.noise_row_).astype(np.float32)
             factor = linalg.cho_factor(B, lower=True, overwrite_a=True, check_finite=False)
