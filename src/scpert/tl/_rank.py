@@ -55,8 +55,9 @@ def rank_perturbations(
 
     where :math:`s_g` is the standard error of :math:`d_g` (noise lengthens the way; at least a tenth of it is kept). A
     progress of 1 covers the whole way along :math:`d`; what a perturbation does beside, and what it does too much,
-    shows in ``remaining``, by which the table is sorted. The standard error of the progress follows from those of :math:`\delta_p` (the model's predictive standard deviation, or Welch's) and of
-    :math:`d` by the delta method, genes taken as independent.
+    shows in ``remaining``, by which the table is sorted. The standard error of the progress follows from those of
+    :math:`\delta_p` (the model's predictive standard deviation, or Welch's) and of :math:`d` by the delta method, genes
+    taken as independent.
 
     Parameters
     ----------
@@ -79,7 +80,9 @@ def rank_perturbations(
     n_doubles
         See above.
     exclude_targets
-        Leave each perturbation's own targets out of its measures: that they move is its definition.
+        Leave each perturbation's own targets out of its measures: that they move is its definition. A perturbation
+        that moves nothing else cannot be told apart then, and the measures of different perturbations are over genes
+        that differ by their targets; ``False`` where the state of the targets is itself part of the goal.
     perturbation_key, control, layer, scale, library_size_key
         As in :func:`scpert.tl.perturbation_effects`.
     random_state
