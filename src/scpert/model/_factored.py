@@ -651,6 +651,9 @@ class GPOVAE(_Factored):
     """
 
     _preset = {"use_quality": True, "gene_space": True, "concatenate": True}
+    #: Weights of :meth:`get_grn` are changes under the perturbation; :func:`scpert.tl.infer_grn` turns them into signs
+    #: of the regulator's activity.
+    grn_sign = "perturbation"
 
     def __init__(
         self,
@@ -714,7 +717,8 @@ class GPOVAE(_Factored):
         Returns
         -------
         A net: ``source`` (target of perturbations), ``target`` (measured gene), ``weight`` (signed: probability x mean
-        log fold change), ``probability``; strongest edges first. A target's effect on itself is left out.
+        log fold change under the perturbation, see ``grn_sign``), ``probability``; strongest edges first. A target's
+        effect on itself is left out.
         """
         self._check_trained()
         check_fraction("threshold", threshold)
