@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,13 @@ NAMES = {
     "mse_delta": "squared error",
     "centroid_accuracy": "centroid accuracy",
 }
-_EMBEDDED: dict[str, Any] = {"n_cells": 4000, "n_genes": 200, "n_targets": 12, "n_combinations": 4, "platform": "targeted"}
+_EMBEDDED: dict[str, Any] = {
+    "n_cells": 4000,
+    "n_genes": 200,
+    "n_targets": 12,
+    "n_combinations": 4,
+    "platform": "targeted",
+}
 #: Enough test cells for a noise ceiling that means something.
 _FRACTIONS = {"cells": (0.6, 0.1, 0.3), "perturbations": (0.7, 0.1, 0.2), "combinations": (0.7, 0.1, 0.2)}
 
@@ -206,6 +213,7 @@ def quickstart(
         digest = data_hash(adata, K.PERTURBATION)
         audit = pp.audit(adata)
         pp.split(adata, kind=split, fractions=_FRACTIONS[split], random_state=random_state)
+    folder = _folder(out)
     parts = {part: adata[adata.obs[K.SPLIT].astype(str) == part].copy() for part in (K.TRAIN, K.TEST)}
 
     options = {"split_key": K.SPLIT, "library_size_key": library_size_key}
@@ -265,8 +273,6 @@ def quickstart(
     for key in ("_scvi_uuid", "_scvi_manager_uuid"):
         adata.uns.pop(key, None)
 
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     result = QuickstartResult(
         adata, trained, predictions[cls.__name__], scores, per_perturbation, net, folder, clock.seconds
     )
@@ -288,6 +294,20 @@ def quickstart(
     print(score_table(scores).to_string())
     print(f"\nreport: {folder / 'report.html'}")
     return result
+
+
+def _folder(out: str | Path) -> Path:
+    """The folder of the results, made before the long work so that an unwritable place is known at once."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ScpertError(
+            f"Results cannot be written to {str(folder)!r} ({error}). Name another folder with out=."
+        ) from error
+    return folder
 
 
 def _write(adata: AnnData, path: Path) -> None:

@@ -11,6 +11,12 @@ from . import __version__
 __all__ = ["main"]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scpert", description="Genetic-perturbation screens in single cells.")
     parser.add_argument("--version", action="version", version=f"scpert {__version__}")
@@ -27,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--library-size-key", metavar="K", help="column with the full library size (small panels)")
     quick.add_argument("--model", default="gpovae", help="name of a model (default: gpovae)")
     quick.add_argument("--split", default="cells", choices=("cells", "perturbations", "combinations"))
-    quick.add_argument("--max-epochs", type=int, metavar="N", help="passes over the training cells")
+    quick.add_argument("--max-epochs", type=_positive, metavar="N", help="passes over the training cells")
     quick.add_argument("--seed", type=int, default=0, metavar="S")
     quick.add_argument("--out", default="scpert-quickstart", metavar="DIR", help="folder for the results")
 
@@ -61,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             random_state=arguments.seed,
         )
     except ScpertError as error:
-        print(f"scpert: {error}", file=sys.stderr)
+        # a step that failed has left its line of progress open
+        print(f"\nscpert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nscpert: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
