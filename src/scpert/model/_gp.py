@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -148,6 +149,9 @@ class KnowledgeGP(KnowledgeModel):
         Components of the training effects to keep; ``None``: at most 150.
     coexpression
         Add a kernel of the genes' own profiles over the training perturbations, for targets that are measured.
+    coherence
+        Weight terms of annotations and neighbours in nets by how alike the training effects of their genes are, instead of by
+        information content. A gene's own effect has no part in the weights of its features.
 
     Notes
     -----
@@ -185,20 +189,32 @@ class KnowledgeGP(KnowledgeModel):
         knowledge: Mapping[str, pd.DataFrame] | None = None,
         rank: int | None = None,
         coexpression: bool = False,
+        coherence: bool = True,
     ):
         super().__init__(adata, registry)
         self._remember(locals())
         self.knowledge = knowledge
         self.rank = None if rank is None else int(check_positive("rank", rank))
         self.coexpression = coexpression
+        self.coherence = coherence
         _ = self._features
 
     # ------------------------------------------------------------------------------------------ kernels
 
     @property
     def _tables(self) -> list[GeneFeatures]:
-        tables = list(self._used.values())
+        tables = list((self._weighted if self.coherence else self._used).values())
         return [*tables, self._own] if self.coexpression else tables
+
+    @cached_property
+    def _weighted(self) -> dict[str, GeneFeatures]:
+        """The tables, features weighted by the coherence of the training effects."""
+        if len(self.singles_) == 0 or len(self.axes_) == 0:
+            return self._used
+        e = self.effects_
+        residual = e.delta[[e.singles[t] for t in self.singles_]] / self.scale_row_[:, None] - self.centre_
+        unit = residual @ self.axes_.T / np.maximum(np.linalg.norm(residual, axis=1), 1e-12)[:, None]
+        return {name: f.coherent(list(self.singles_), unit) for name, f in self._used.items()}
 
     @property
     def _own(self) -> GeneFeatures:
@@ -214,9 +230,10 @@ class KnowledgeGP(KnowledgeModel):
     def _learn_reference(self, random_state: int = 0) -> None:
         super()._learn_reference(random_state)
         self.__dict__.pop("_own_features", None)
+        self.__dict__.pop("_weighted", None)
 
     def _informed(self, target: str) -> bool:
-        return any(target in f.known for f in self._tables)
+        return super()._informed(target) or (self.coexpression and target in self._own.known)
 
     def _stack(self, a: list[str], b: list[str]) -> np.ndarray:
         """All kernels between two sets of genes, ``(kernel, a, b)``; the last is constant."""
@@ -253,7 +270,9 @@ class KnowledgeGP(KnowledgeModel):
     def _reset(self) -> None:
         g = self.n_genes
         self.kernel_names_ = np.array(
-            [f"{f.name}{x}" for f in self._tables for x in ("", "^2")] + ["constant"], dtype=object
+            [f"{name}{x}" for name in [*self._used, *["coexpression"] * self.coexpression] for x in ("", "^2")]
+            + ["constant"],
+            dtype=object,
         )
         self.theta_ = np.zeros(len(self.kernel_names_))
         self.axes_, self.centre_ = np.zeros((0, g)), np.zeros(g)
@@ -297,6 +316,7 @@ class KnowledgeGP(KnowledgeModel):
         rng = np.random.default_rng(self.random_state_)
         self.learn_ = np.arange(n) if n <= MAX_LEARN else np.sort(rng.choice(n, MAX_LEARN, replace=False))
         self.axes_ = _principal_axes(residual, min(self.rank or MAX_RANK, n - 1, delta.shape[1]), rng)
+        self.__dict__.pop("_weighted", None)
         scores = residual @ self.axes_.T
         self.noise_row_ = self._row_noise((residual**2).sum(axis=1), self.scale_row_)
 

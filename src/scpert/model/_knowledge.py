@@ -38,12 +38,15 @@ class GeneFeatures:
         Genes that the table knows something of.
     values
         CSR ``(gene, feature)``, rows of length 1.
+    content
+        Information content by which the features were weighted, ``(feature,)``; ``None`` for an embedding.
     """
 
     name: str
     kind: str
     genes: pd.Index
     values: sparse.csr_matrix
+    content: np.ndarray | None = None
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -63,6 +66,52 @@ class GeneFeatures:
         right = left if b is None else self.rows(b)
         return np.clip((left @ right.T).toarray(), -1.0, 1.0)
 
+    def coherent(self, genes: Sequence[str], scores: np.ndarray, prior_pairs: float = 20.0) -> GeneFeatures:
+        r"""The same genes, with features weighted by how alike the effects of the genes are that share them.
+
+        The coherence of a feature is the mean of :math:`u_i^\top u_j` over the pairs of its genes, shrunk with the weight of
+        ``prior_pairs`` pairs to the mean coherence of the features that have about as many genes; a feature is weighted by its
+        root. The features of each gene of ``genes`` are weighted without this gene's own pairs, so that what is learned
+        from its leave-one-out prediction has not seen its effect here.
+
+        Parameters
+        ----------
+        genes
+            Distinct genes whose effects are known.
+        scores
+            :math:`u`, ``(gene, component)``: effects as unit vectors, or their leading components.
+        """
+        if self.content is None:
+            return self
+        member = self.rows(genes)
+        member.data = np.ones_like(member.data)
+        own = (scores**2).sum(axis=1)
+        total = member.T @ scores
+        count = np.asarray(member.sum(axis=0)).ravel()
+        together, pairs = (total**2).sum(axis=1) - member.T @ own, count * (count - 1)
+        size = np.bincount(self.values.indices, minlength=self.values.shape[1])
+        group = np.minimum(np.log2(np.maximum(size, 1)).astype(np.int64), 9)
+        overall = max(float(together.sum() / max(pairs.sum(), 1.0)), 0.0)
+        has = pairs > 0
+        summed = np.bincount(group[has], together[has] / pairs[has], minlength=10) + 5 * overall
+        prior = np.maximum(summed / (np.bincount(group[has], minlength=10) + 5), 1e-3)[group]
+        least = 0.02 * float(prior.max(initial=0.0))
+
+        weight = np.sqrt(np.maximum((together + prior_pairs * prior) / (pairs + prior_pairs), least))
+        raw = sparse.csr_matrix(self.values @ sparse.diags_array(1.0 / self.content)).tocoo()
+        values = raw.data * weight[raw.col]
+        where = pd.Index(list(genes), dtype=object).get_indexer(self.genes)[raw.row]
+        known = np.flatnonzero(where >= 0)
+        for at in np.array_split(known, len(known) // 50_000 + 1):
+            i, t = where[at], raw.col[at]
+            without = together[t] - 2 * (np.einsum("ij,ij->i", scores[i], total[t]) - own[i])
+            less = pairs[t] - 2 * (count[t] - 1)
+            values[at] = raw.data[at] * np.sqrt(
+                np.maximum((without + prior_pairs * prior[t]) / (less + prior_pairs), least)
+            )
+        weighted = sparse.csr_matrix((values, (raw.row, raw.col)), shape=raw.shape)
+        return GeneFeatures(self.name, self.kind, *_unit(weighted, self.genes.to_numpy(dtype=object)), self.content)
+
 
 def _unit(values: sparse.csr_matrix, genes: np.ndarray) -> tuple[pd.Index, sparse.csr_matrix]:
     length = np.sqrt(np.asarray(values.multiply(values).sum(axis=1)).ravel())
@@ -78,8 +127,9 @@ def _annotations(name: str, table: pd.DataFrame) -> GeneFeatures:
     term, terms = pd.factorize(pairs[TERM].to_numpy(dtype=object), sort=True)
     member = sparse.csr_matrix((np.ones(len(pairs)), (gene, term)), shape=(len(genes), len(terms)))
     size = np.asarray(member.sum(axis=0)).ravel()
-    weighted = sparse.csr_matrix(member @ sparse.diags_array(np.log((1 + len(genes)) / size)))
-    return GeneFeatures(name, "annotations", *_unit(weighted, genes))
+    content = np.log((1 + len(genes)) / size)
+    weighted = sparse.csr_matrix(member @ sparse.diags_array(content))
+    return GeneFeatures(name, "annotations", *_unit(weighted, genes), content)
 
 
 def _net(name: str, table: pd.DataFrame) -> GeneFeatures:
@@ -96,8 +146,9 @@ def _net(name: str, table: pd.DataFrame) -> GeneFeatures:
     strongest = abs(both).max(axis=1).toarray().ravel()
     linked = both + sparse.diags_array(np.where(strongest > 0, strongest, 0.0))
     degree = np.maximum(np.asarray((linked != 0).sum(axis=0)).ravel(), 1)
-    weighted = sparse.csr_matrix(linked @ sparse.diags_array(np.log((1 + n) / degree)))
-    return GeneFeatures(name, "net", *_unit(weighted, genes))
+    content = np.log((1 + n) / degree)
+    weighted = sparse.csr_matrix(linked @ sparse.diags_array(content))
+    return GeneFeatures(name, "net", *_unit(weighted, genes), content)
 
 
 def _embedding(name: str, table: pd.DataFrame) -> GeneFeatures:
