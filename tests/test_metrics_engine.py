@@ -182,3 +182,16 @@ def test_parity_with_cell_eval(screen, tmp_path):
     for name in theirs.columns.intersection(ours.columns):
         both = theirs[name].notna() & ours[name].notna()
         np.testing.assert_allclose(ours.loc[both, name], theirs.loc[both, name], atol=1e-6, err_msg=name)
+
+
+def test_adjusted_mutual_information_is_scikit_learns():
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    from scpert.metrics._distribution import adjusted_mutual_information
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n = rng.integers(4, 60)
+        a, b = rng.integers(0, rng.integers(1, 8), n), rng.integers(0, rng.integers(1, 8), n)
+        assert adjusted_mutual_information(a, b) == pytest.approx(adjusted_mutual_info_score(a, b), abs=1e-12)
+    assert adjusted_mutual_information(np.arange(9), np.arange(9)) == 1.0

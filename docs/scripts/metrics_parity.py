@@ -6,8 +6,8 @@ Needs cell-eval (``pip install scpert[eval]``)::
 
 Each screen has counts in X and labels in ``obs["perturbation"]``; ``obs["library_size"]`` (or ``n_counts``) is used where
 it is there. Three predictions per screen: no change (control cells drawn again), the mean response (control cells moved
-by the average shift), and the truth with noise. Every tool runs in a process of its own, three times; the better of the two
-warm runs counts, the peak memory is that of the process above what it held with the data loaded.
+by the average shift), and the truth with noise. Every tool runs in a process of its own, ``--repeats`` times; the best of
+the warm runs counts, the peak memory is that of the process above what it held with the data loaded.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def prepare(path: Path, folder: Path) -> list[str]:
     return ["no_change", "mean_response", "noisy_truth"]
 
 
-def run(tool: str, real: str, predicted: str, out: str) -> None:
+def run(tool: str, real: str, predicted: str, out: str, repeats: int) -> None:
     """One tool on one pair, in this process: table, times, memory."""
     import anndata as ad
 
@@ -90,7 +90,7 @@ def run(tool: str, real: str, predicted: str, out: str) -> None:
         from scpert import metrics, settings
 
         settings.progress = False
-    pairs = [(ad.read_h5ad(predicted), ad.read_h5ad(real)) for _ in range(3)]
+    pairs = [(ad.read_h5ad(predicted), ad.read_h5ad(real)) for _ in range(repeats)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for pred, truth in pairs:
         start = time.perf_counter()
@@ -116,10 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("screens", nargs="*")
     parser.add_argument("--out", default=".")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each tool, the first of them to warm up")
     parser.add_argument("--run", nargs=4, metavar=("TOOL", "REAL", "PREDICTED", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        run(*args.run)
+        run(*args.run, repeats=args.repeats)
         return
     differences, costs = [], []
     for screen in args.screens:
@@ -130,7 +131,8 @@ def main() -> None:
                 for tool in ("cell-eval", "scpert"):
                     out = str(folder / f"{tool}-{model}")
                     command = [sys.executable, __file__, "--run", tool, str(folder / "real.h5ad")]
-                    subprocess.run([*command, str(folder / f"{model}.h5ad"), out], check=True, capture_output=True)
+                    command += [str(folder / f"{model}.h5ad"), out, "--repeats", str(args.repeats)]
+                    subprocess.run(command, check=True, capture_output=True)
                     tables[tool] = pd.read_csv(out + ".csv", index_col=0)
                     cost |= {f"{tool} {k}": v for k, v in json.loads(Path(out + ".json").read_text()).items()}
                 costs.append(cost)

@@ -66,7 +66,10 @@ class RankSum:
         negative = (self.keys & np.uint64(0x80000000)) == 0
         self.negative = np.bincount(gene[negative], minlength=self.n_genes)
         first = _runs(self.keys)
-        size = np.diff(np.append(first, len(self.keys))).astype(float)
+        length = np.diff(np.append(first, len(self.keys)))
+        self.run = np.append(np.repeat(length, length), 0)  # how often the key at each position is there
+        self.sentinel = np.append(self.keys, np.uint64(0xFFFFFFFFFFFFFFFF))
+        size = length.astype(float)
         self.ties = np.bincount(gene[first], weights=size**3 - size, minlength=self.n_genes)
 
     def test(
@@ -82,8 +85,7 @@ class RankSum:
         n, genes = group.shape[0], self.n_genes
         keys, gene = _keys(group)
         left = np.searchsorted(self.keys, keys, side="left")
-        right = np.searchsorted(self.keys, keys, side="right")
-        equal = (right - left).astype(float)
+        equal = np.where(self.sentinel[left] == keys, self.run[left], 0).astype(float)
         less = (left - self.start[gene]).astype(float)
         positive = (keys & np.uint64(0x80000000)) != 0
         less[positive] += self.zeros[gene[positive]]
@@ -240,13 +242,18 @@ def _order(tests: Tests, row: int, names: np.ndarray) -> np.ndarray:
     return genes[np.lexsort((names[genes], tests.p[row, genes], -size))]
 
 
-def _ranked(pair: Pair) -> list[tuple[np.ndarray, np.ndarray]]:
+def _ranked(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each gene among the significant ones, real and predicted ``(perturbation, gene)``; the last where it is not."""
     if "ranked" not in pair.__dict__:
-        real, predicted = _tests(pair)
         names = np.argsort(np.argsort(pair.genes.astype(str)))
-        pair.__dict__["ranked"] = [
-            (_order(real, i, names), _order(predicted, i, names)) for i in range(len(pair.perturbations))
-        ]
+        out = []
+        for tests in _tests(pair):
+            ranks = np.full(tests.p.shape, tests.p.shape[1], dtype=np.int32)
+            for i in range(len(ranks)):
+                order = _order(tests, i, names)
+                ranks[i, order] = np.arange(len(order))
+            out.append(ranks)
+        pair.__dict__["ranked"] = (out[0], out[1])
     return pair.__dict__["ranked"]
 
 
@@ -262,22 +269,23 @@ def _finish(values: list[float], reasons: list[str]) -> np.ndarray:
     return out
 
 
+def _shared_top(pair: Pair, k: int | None, n_significant: np.ndarray, reason: str) -> np.ndarray:
+    """Share of the first ``min(k, n_significant)`` genes of one ranking that the other has there too."""
+    real, predicted = _ranked(pair)
+    size = n_significant if k is None else np.minimum(k, n_significant)
+    common = ((real < size[:, None]) & (predicted < size[:, None])).sum(axis=1)
+    out = np.where(size > 0, common / np.maximum(size, 1), np.nan)
+    if np.isnan(out).any():
+        raise_partial(out, reason)
+    return out
+
+
 def _overlap(pair: Pair, k: int | None) -> np.ndarray:
-    values, reasons = [], []
-    for real, predicted in _ranked(pair):
-        size = min(k or len(real), len(real))
-        values.append(len(np.intersect1d(real[:size], predicted[:size])) / size if size else np.nan)
-        reasons.append("" if size else NO_REAL)
-    return _finish(values, reasons)
+    return _shared_top(pair, k, _tests(pair)[0].significant.sum(axis=1), NO_REAL)
 
 
 def _precision(pair: Pair, k: int | None) -> np.ndarray:
-    values, reasons = [], []
-    for real, predicted in _ranked(pair):
-        size = min(k or len(predicted), len(predicted))
-        values.append(len(np.intersect1d(real[:size], predicted[:size])) / size if size else np.nan)
-        reasons.append("" if size else NO_PREDICTED)
-    return _finish(values, reasons)
+    return _shared_top(pair, k, _tests(pair)[1].significant.sum(axis=1), NO_PREDICTED)
 
 
 for _k in (None, 50, 100, 200, 500):
@@ -364,21 +372,19 @@ def de_direction_match(pair: Pair) -> np.ndarray:
 )
 def de_spearman_lfc_sig(pair: Pair) -> np.ndarray:
     """Rank correlation of the fold changes of the significantly changed genes."""
-    from scipy.stats import rankdata
-
     real, predicted = _tests(pair)
     values, reasons = [], []
     for i in range(len(pair.perturbations)):
         keep = real.significant[i]
-        a, b = real.fold[i, keep].astype(np.float32), predicted.fold[i, keep].astype(np.float32)
-        if keep.sum() < 2 or len(np.unique(a)) < 2:
+        (a, n_a), (b, n_b) = (_ranks(x.fold[i, keep].astype(np.float32)) for x in (real, predicted))
+        if n_a < 2:
             values.append(np.nan)
             reasons.append("fewer than two genes change significantly in the observed cells")
-        elif len(np.unique(b)) < 2:
+        elif n_b < 2:
             values.append(np.nan)
             reasons.append("the predicted fold changes are all equal")
         else:
-            values.append(float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]))
+            values.append(_correlation(a, b))
             reasons.append("")
     return _finish(values, reasons)
 
@@ -477,13 +483,22 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.sum(np.diff(hits, prepend=0) / positives * hits / (last + 1)))
 
 
+def _ranks(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Mid-ranks, and how many distinct values there are."""
+    distinct, code, size = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(size) - (size - 1) / 2)[code], len(distinct)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve by mid-ranks; NaN with one class."""
-    from scipy.stats import rankdata
-
     positives = int(labels.sum())
     negatives = len(labels) - positives
     if positives == 0 or negatives == 0:
         return np.nan
-    ranks = rankdata(scores)[labels].sum()
+    ranks = _ranks(scores)[0][labels].sum()
     return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))

@@ -7,6 +7,7 @@ in chunks and never made dense as a whole.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,31 @@ def _group_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
     return {str(name): rows for name, rows in zip(names, parts, strict=True)}
+
+
+class Blocks:
+    """Cells of each label as they were read; beyond 32 MB in all they are read again each time."""
+
+    def __init__(self) -> None:
+        self.free = 32 * 2**20
+        self.kept: dict[str, sparse.csr_matrix] = {}
+
+    def get(self, label: str, read: Callable[[], sparse.csr_matrix]) -> sparse.csr_matrix:
+        if label in self.kept:
+            return self.kept[label]
+        block = read()
+        size = block.data.nbytes + block.indices.nbytes + block.indptr.nbytes
+        if size <= self.free:
+            self.free -= size
+            self.kept[label] = block
+        return block
+
+
+def take_genes(block: sparse.csr_matrix, genes: np.ndarray) -> sparse.csr_matrix:
+    """Columns of a block; no copy where they are all of them in order."""
+    if len(genes) == block.shape[1] and np.array_equal(genes, np.arange(len(genes))):
+        return block
+    return block[:, genes]
 
 
 def group_means(X: Any, codes: np.ndarray, n_groups: int) -> np.ndarray:
@@ -107,6 +133,7 @@ class Reference:
         if not self.perturbations:
             raise LabelError(f"observed holds control cells only: nothing to compare in obs[{perturbation_key!r}].")
         self.rows = _group_rows(self.screen.labels)
+        self._blocks = Blocks()
         self.n_cells = np.array([len(self.rows[p]) for p in self.perturbations])
         if self.scale == K.SCALE_EFFECTS:
             _check_effects(self.screen, "observed")
@@ -155,8 +182,8 @@ class Reference:
 
     def cells(self, label: str, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         """Cells of a perturbation (or of the control), CSR on the log1p scale."""
-        block = self.screen.rows(self.rows[label])
-        return block if genes is None else block[:, genes]
+        block = self._blocks.get(label, lambda: self.screen.rows(self.rows[label]))
+        return block if genes is None else take_genes(block, genes)
 
     # ------------------------------------------------------------------------------------------ training data
 
@@ -247,6 +274,7 @@ class Prediction:
             labels = np.where(labels == K.CONTROL, reference.control, labels)
         self.labels = labels
         self.rows = _group_rows(labels)
+        self._blocks = Blocks()
         most = max(len(rows) for label, rows in self.rows.items() if label != reference.control or len(self.rows) == 1)
         self.level = ("cell" if most > 1 else "pseudobulk") if level == "auto" else level
         effects = reference.scale == K.SCALE_EFFECTS
@@ -258,7 +286,7 @@ class Prediction:
 
     def cells(self, label: str, genes: np.ndarray) -> sparse.csr_matrix:
         """Predicted cells of a perturbation, CSR."""
-        return read_rows(self.X, self.rows[label])[:, genes]
+        return take_genes(self._blocks.get(label, lambda: read_rows(self.X, self.rows[label])), genes)
 
 
 def check_unique_names_of_genes(adata: AnnData) -> None:
@@ -289,9 +317,11 @@ def _refuse_wrong_scale(X: Any, level: float) -> None:
 
 def _first_finite(X: Any) -> float:
     for _, block in iter_rows(X):
-        nonzero = block.data[np.isfinite(block.data) & (block.data != 0)]
-        if len(nonzero):
-            return float(nonzero[0])
+        for start in range(0, len(block.data), 65536):
+            values = block.data[start : start + 65536]
+            found = np.flatnonzero(np.isfinite(values) & (values != 0))
+            if len(found):
+                return float(values[found[0]])
     return np.nan
 
 
