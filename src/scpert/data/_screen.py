@@ -28,7 +28,7 @@ __all__ = ["Moments", "ScaleEvidence", "Screen", "iter_rows", "log1p_cp10k", "re
 
 logger = logging.getLogger("scpert")
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 2048
 _SAMPLE_ROWS = 2000
 
 
@@ -430,9 +430,11 @@ class Screen:
             squared.data = squared.data.astype(np.float64) ** 2
             square += (member @ squared).toarray()
         present = n > 0
-        names, n, total, square = names[present], n[present], total[present], square[present]
-        mean = total / n[:, None]
+        if not present.all():
+            names, n, total, square = names[present], n[present], total[present], square[present]
+        mean, var = total, square  # in place, a row at a time: with many groups these are the largest arrays there are
         with np.errstate(divide="ignore", invalid="ignore"):
-            var = np.maximum(square - n[:, None] * mean**2, 0.0) / (n[:, None] - 1)
-        var[n < 2] = np.nan
+            for i, cells in enumerate(n):
+                mean[i] /= cells
+                var[i] = np.maximum(var[i] - cells * mean[i] ** 2, 0.0) / (cells - 1) if cells > 1 else np.nan
         return Moments(names.astype(object), n, mean, var)

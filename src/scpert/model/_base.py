@@ -205,6 +205,7 @@ class BaseModel(BaseModelClass):
             warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*torch.jit.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
             for c in chatty:
                 c.setLevel(logging.ERROR)
             try:

@@ -13,6 +13,7 @@ from .. import _keys as K
 from .._checks import check_obs_key, listing
 from .._progress import progress
 from ..data import Screen, parse
+from ..data._screen import CHUNK_ROWS
 from ..errors import ScpertError
 
 if TYPE_CHECKING:
@@ -29,15 +30,15 @@ def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
     tested = np.isfinite(pvals)
     values = pvals[tested]
     order = np.argsort(values, kind="stable")
-    values = values[order]
-    values *= len(values)
-    values /= np.arange(1, len(values) + 1)
-    np.minimum.accumulate(values[::-1], out=values[::-1])
-    np.minimum(values, 1.0, out=values)
-    adjusted = np.empty_like(values)
-    adjusted[order] = values
+    ranked = values[order]
+    ranked *= len(ranked)
+    ranked /= np.arange(1, len(ranked) + 1)
+    np.minimum.accumulate(ranked[::-1], out=ranked[::-1])
+    np.minimum(ranked, 1.0, out=ranked)
+    values[order] = ranked
+    del order, ranked
     out = np.full(pvals.shape, np.nan)
-    out[tested] = adjusted
+    out[tested] = values
     return out
 
 
@@ -71,7 +72,7 @@ def perturbation_effects(
     r"""Effect of each perturbation on each gene against the control cells, with Welch statistics.
 
     One pass over the matrix, which may be sparse, dense, backed or dask, and is never densified; beside a
-    block of 4,096 cells only the sums per group are kept (two float64 arrays ``(group, gene)``).
+    block of 2,048 cells only the sums per group are kept (two float64 arrays ``(group, gene)``).
 
     With :math:`m, v, n` the mean, variance and number of cells of perturbation :math:`p` or of the controls
     :math:`c`,
@@ -250,7 +251,7 @@ def effects_of_cells(
             f"{len(short)} stratum/strata of covariate_keys have perturbed cells but fewer than two control cells: "
             f"{listing(short, 5)}. Drop these cells, merge strata, or leave the covariate out."
         )
-    total = screen.n_cells // 4096 + 1
+    total = screen.n_cells // CHUNK_ROWS + 1
     moments = screen.moments(
         code * len(names) + strata, progress=lambda x: progress(x, total=total, description="effects", unit="block")
     )
