@@ -117,11 +117,15 @@ def test_cells(name, trained):
 def test_save_and_load_agree(name, trained, tmp_path):
     model, *_ = trained(name)
     model.save(tmp_path / "model")
-    (tmp_path / "model" / "model.pt").write_bytes(b"\x80\x04cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    planted = tmp_path / "planted"
+    payload = f"cos\nsystem\n(S'touch {planted}'\ntR.".encode()  # a pickle that runs a command
+    for file in ("model.pt", "attr.pkl", "tables.pkl"):
+        (tmp_path / "model" / file).write_bytes(payload)
     loaded = MODELS[name].load(tmp_path / "model")
+    assert not planted.exists()
     np.testing.assert_allclose(loaded.predict_perturbation().X, model.predict_perturbation().X, rtol=0, atol=1e-6)
     assert loaded.scope == model.scope
-    files = {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file() and p.name != "model.pt"}
+    files = {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file() and p.suffix not in (".pt", ".pkl")}
     assert files <= {".json", ".safetensors", ".parquet"}
     with pytest.raises(ScpertError, match="overwrite=True"):
         model.save(tmp_path / "model")
