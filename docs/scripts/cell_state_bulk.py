@@ -2,7 +2,9 @@
 
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/cell_state_bulk.py folds|regulators|patients|transfer|network
 
-Prints markdown tables. EPOCHS=1 bounds the gradient phase, FOLDS=01 names the folds. Settings were chosen on the folds of one seed's first two folds and on UVM alone.
+Prints markdown tables. EPOCHS=1 bounds the gradient phase, FOLDS=01 names the folds, FOLD_SEED their split, N_BOOT the
+bootstraps. Fit settings were chosen on two folds of FOLD_SEED=0; all four cohorts had been looked at when the virtual
+evidence of a master regulator was defined.
 """
 
 import os
@@ -19,6 +21,8 @@ from scpert.model import CellState
 from scpert.model._cell_state_fit import group_folds
 
 EPOCHS = int(os.environ["EPOCHS"]) if "EPOCHS" in os.environ else None  # None: early stopping decides
+FOLD_SEED = int(os.environ.get("FOLD_SEED", "0"))
+N_BOOT = int(os.environ.get("N_BOOT", "30"))
 FACTORS = {
     "UVM": ["MITF", "SOX10"],
     "ACC": ["NR5A1"],
@@ -41,7 +45,7 @@ def collectri() -> pd.DataFrame:
 
 
 def folds(a: ad.AnnData) -> None:
-    fold = group_folds(a.obs["patient"].to_numpy(dtype=str), 5, np.random.default_rng(0))
+    fold = group_folds(a.obs["patient"].to_numpy(dtype=str), 5, np.random.default_rng(FOLD_SEED))
     tables = []
     wanted = [int(f) for f in os.environ.get("FOLDS", "01234")]
     for f in wanted:
@@ -79,7 +83,7 @@ def regulators(a: ad.AnnData) -> None:
         a.obs["state"] = np.where(
             a.obs["cohort"] != cohort, "rest", np.where(a.obs["sample_type_code"].astype(str) == "01", cohort, "normal")
         )
-        table = model.master_regulators(a, groupby="state", start="rest", goal=cohort, net=net, n_boot=30).set_index(
+        table = model.master_regulators(a, groupby="state", start="rest", goal=cohort, net=net, n_boot=N_BOOT).set_index(
             "regulator"
         )
         names = table.index
@@ -107,8 +111,9 @@ def regulators(a: ad.AnnData) -> None:
             cohort,
             "best ten:",
             ", ".join(table.index[:10]),
-            "| spearman(virtual, expression t)",
+            "| spearman of virtual with expression t, |t|:",
             round(table["virtual"].corr(pd.Series(t, names), method="spearman"), 2),
+            round(table["virtual"].corr(pd.Series(t, names).abs(), method="spearman"), 2),
             flush=True,
         )
     print(pd.DataFrame(rows).to_markdown(index=False), flush=True)
@@ -119,7 +124,7 @@ def patients(a: ad.AnnData) -> None:
     chol = a[a.obs["cohort"] == "CHOL"].copy()
     chol.obs["state"] = np.where(chol.obs["sample_type_code"].astype(str) == "11", "normal", "tumour")
     for start, goal in (("normal", "tumour"), ("tumour", "normal")):
-        group = model.master_regulators(chol, groupby="state", start=start, goal=goal, net=net, n_boot=30)
+        group = model.master_regulators(chol, groupby="state", start=start, goal=goal, net=net, n_boot=N_BOOT)
         print(f"{start} to {goal}")
         print(group.head(10).round(3).to_markdown(index=False), flush=True)
     each = model.master_regulators(
@@ -141,20 +146,15 @@ def patients(a: ad.AnnData) -> None:
 
 
 def transfer(a: ad.AnnData) -> None:
-    rng = np.random.default_rng(0)
-    for held in ("CHOL", "DLBC"):
+    for held in ("DLBC", "CHOL"):
         source = a[a.obs["cohort"] != held].copy()
         CellState.setup_anndata(source, group_key="patient")
         model = CellState(source, n_latent=16)
-        model.train()
+        model.train(max_epochs=EPOCHS)
         target = a[a.obs["cohort"] == held].copy()
         tuned = model.fine_tune(target, task="reconstruction", max_epochs=3, group_key="patient")
         print(held, "reconstruction, model of the other cohorts")
         print(tuned.report_.round(4).to_markdown(), flush=True)
-    source = a[a.obs["cohort"] != "CHOL"].copy()
-    CellState.setup_anndata(source, group_key="patient")
-    model = CellState(source, n_latent=16)
-    model.train()
     chol = a[a.obs["cohort"] == "CHOL"].copy()
     chol.obs["state"] = np.where(chol.obs["sample_type_code"].astype(str) == "11", "normal", "tumour")
     print("classification of CHOL tumour against normal, model of the other cohorts")
@@ -163,16 +163,6 @@ def transfer(a: ad.AnnData) -> None:
         .report_.round(4)
         .to_markdown(),
         flush=True,
-    )
-    few = a[np.sort(rng.choice(a.n_obs, 60, replace=False))].copy()
-    print("classification of cohort from 60 samples")
-    print(
-        fitted(a)
-        .fine_tune(few, task="classification", groupby="cohort", group_key="patient")
-        .report_.round(4)
-        .to_markdown()
-        if few.n_obs > 64
-        else ""
     )
 
 

@@ -31,6 +31,8 @@ logger = logging.getLogger("scpert")
 
 #: Training rows are kept in memory, standardised, below this size; above it they are read block by block.
 MEMORY_LIMIT = 2 * 1024**3
+#: From this width of the first layer on (and at least the number of genes), there is no linear path by default.
+WIDE = 4096
 #: Rows that the closed-form start looks at.
 START_ROWS = 4000
 
@@ -50,8 +52,8 @@ class CellState(Experiments, BaseModel):
     n_latent
         Width of the bottleneck. Default: 64, or a quarter of the training samples if that is less.
     linear
-        Whether a linear path runs beside the residual stacks; started at the principal axes. Default: where the first
-        layer is narrower than the number of genes.
+        Whether a linear path runs beside the residual stacks; started at the principal axes. Default: unless the
+        first layer is as wide as the genes and 4,096 or more.
     head
         ``"gaussian"`` (any scale) or ``"nb"`` (counts).
     mask
@@ -139,7 +141,7 @@ class CellState(Experiments, BaseModel):
         self.mask = mask
         self.noise_floor = float(noise_floor)
         if linear is None:
-            linear = hidden[0] < len(self.genes_) or hidden[0] <= 4 * self.n_latent
+            linear = hidden[0] < max(len(self.genes_), WIDE)
         with self._seeded(random_state):
             self.module = CellStateModule(
                 len(self.genes_),

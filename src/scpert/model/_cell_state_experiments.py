@@ -562,11 +562,13 @@ class Experiments(Transfer):
         slope = np.nan_to_num(np.nanmedian(shifts / safe, axis=1))
         virtual = np.empty((len(picks), len(names)))
         virtual[0] = shifts.mean(axis=1)
+        measured = slope * (b.mean(axis=0) - a.mean(axis=0))[positions]
         unit = state["direction"] / max(np.linalg.norm(state["direction"]), 1e-12)
         for i, (p, q) in enumerate(picks[1:], 1):
             direction = Z[len(s) + q].mean(axis=0) - Z[p].mean(axis=0)
             turn = float(direction @ unit) / max(np.linalg.norm(direction), 1e-12)
-            virtual[i] = slope * turn * (b[q][:, positions].mean(axis=0) - a[p][:, positions].mean(axis=0))
+            change = b[q][:, positions].mean(axis=0) - a[p][:, positions].mean(axis=0)
+            virtual[i] = virtual[0] + slope * turn * change - measured
         rank = np.stack([_combined_rank(u, v, w) for u, v, w in zip(ulm, viper, virtual, strict=True)])
         out = self._regulator_table(names, ulm[0], viper[0], virtual[0], counts)
         if n_boot:
