@@ -38,6 +38,30 @@ def targets(adata: ad.AnnData) -> list[str]:
     return sorted(p for p in adata.obs["perturbation"].astype(str).unique() if p != "control" and "+" not in p)
 
 
+def same(a, b) -> None:
+    """Two values of uns are equal, to any depth."""
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        for name in a:
+            same(a[name], b[name])
+    elif isinstance(a, pd.DataFrame):
+        pd.testing.assert_frame_equal(
+            a.reset_index(drop=True), b.reset_index(drop=True), check_dtype=False, check_column_type=False
+        )
+    else:
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def round_trip(adata: ad.AnnData, folder: Path, key: str = "grn") -> None:
+    """The network and all that is noted beside it come back from h5ad and zarr."""
+    adata.write_h5ad(folder / "a.h5ad")
+    adata.write_zarr(folder / "a.zarr")
+    for back in (ad.read_h5ad(folder / "a.h5ad"), ad.read_zarr(folder / "a.zarr")):
+        assert sparse.issparse(back.varp[key])
+        pd.testing.assert_frame_equal(scpert.get.grn_df(back, key), scpert.get.grn_df(adata, key), check_dtype=False)
+        same(adata.uns[key], back.uns[key])
+
+
 @pytest.mark.parametrize("method", SIMPLE)
 def test_any_annotated_screen(screen, method, tmp_path):
     """No other argument; csr; no self loop; written as documented; the same again; survives both file formats."""
@@ -54,12 +78,19 @@ def test_any_annotated_screen(screen, method, tmp_path):
     again = scpert.tl.infer_grn(screen, method=method, copy=True, **options)
     np.testing.assert_array_equal(again.varp["grn"].toarray(), matrix.toarray())
     assert "grn" not in screen.varp
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    adata.write_zarr(tmp_path / "a.zarr")
-    expected = scpert.get.grn_df(adata)
-    for back in (ad.read_h5ad(tmp_path / "a.h5ad"), ad.read_zarr(tmp_path / "a.zarr")):
-        pd.testing.assert_frame_equal(scpert.get.grn_df(back), expected, check_dtype=False)
-        assert back.uns["grn"]["parameters"]["control"] == "control"
+    round_trip(adata, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["interventional", "sparse_inverse"])
+def test_all_that_may_be_written_comes_back(screen, method, tmp_path):
+    """Edges of unmeasured regulators, a prior, strata, a chosen number of edges."""
+    adata = screen[:, [g for g in screen.var_names if g not in targets(screen)[:2]]].copy()
+    prior = pd.DataFrame({"source": targets(screen)[2:3], "target": adata.var_names[:1].to_list()})
+    scpert.tl.infer_grn(adata, method=method, prior=prior, n_edges=30, covariate_keys="batch", key_added="net")
+    notes = adata.uns["net"]
+    assert notes["method"] == method and len(scpert.get.grn_df(adata, "net", unmeasured=True)) == 30
+    assert set(notes["unmeasured_regulators"]) == set(targets(screen)[:2]) and len(notes["unmeasured_edges"])
+    round_trip(adata, tmp_path, key="net")
 
 
 def test_error_rate_is_controlled():
@@ -460,6 +491,126 @@ def test_no_measured_target_still_works(screen):
         scpert.get.grn_df(adata, "nothing")
 
 
+# ---------------------------------------------------------------------------------------------- networks of models
+
+
+def knock_down_and_raise(seed: int = 3) -> ad.AnnData:
+    """A screen of knock-downs in which the last regulator is raised by its perturbation."""
+    adata = scpert.datasets.simulated(
+        n_genes=30, n_targets=4, cells_per_perturbation=60, n_combinations=0, random_state=seed
+    )
+    raised = targets(adata)[-1]
+    cells = (adata.obs["perturbation"] == raised).to_numpy()
+    dense = np.asarray(adata.X.toarray() if sparse.issparse(adata.X) else adata.X).copy()
+    dense[cells, adata.var_names.get_loc(raised)] += 20
+    adata.X = sparse.csr_matrix(dense)
+    return adata
+
+
+def sign_of_activity(adata: ad.AnnData) -> pd.Series:
+    """-1 where the perturbation lowers its target, from means by hand."""
+    dense = adata.X.toarray()
+    log = np.log1p(dense / dense.sum(axis=1, keepdims=True) * 1e4)
+    label = adata.obs["perturbation"].astype(str).to_numpy()
+    shift = {
+        r: np.sign(
+            log[label == r, adata.var_names.get_loc(r)].mean()
+            - log[label == "control", adata.var_names.get_loc(r)].mean()
+        )
+        for r in targets(adata)
+    }
+    return pd.Series(shift)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from scpert.model import GPOVAE
+
+    adata = knock_down_and_raise()
+    GPOVAE.setup_anndata(adata)
+    model = GPOVAE(adata, n_latent=4, n_hidden=8)
+    model.train(max_epochs=2, batch_size=64)
+    return adata, model
+
+
+def test_network_of_a_trained_gpovae(trained, tmp_path):
+    """The net is the model's own; signs are those of the regulator's activity, whichever way the perturbation goes."""
+    adata, model = trained
+    adata = adata.copy()
+    sign = sign_of_activity(adata)
+    assert sorted(sign.unique()) == [-1.0, 1.0]
+    own = model.get_grn(threshold=0.0)
+    reader = type("Reader", (), {"grn_sign": "perturbation", "get_grn": lambda self: own})()
+    for source, expected in ((model, model.get_grn()), (reader, own)):
+        scpert.tl.infer_grn(adata, model=source)
+        found = scpert.get.grn_df(adata).set_index(["source", "target"])["weight"]
+        wanted = expected.set_index(["source", "target"])["weight"]
+        wanted = wanted * sign[wanted.index.get_level_values("source")].to_numpy()
+        pd.testing.assert_series_equal(found.sort_index(), wanted.sort_index(), rtol=1e-5, check_dtype=False)
+    assert len(own) and adata.uns["grn"]["method"] == "model Reader"
+    assert "probability" in adata.uns["grn"]["edges"]
+    round_trip(adata, tmp_path)
+    # a model that already speaks of activity is taken as it is; what else it may say is refused
+    scpert.tl.infer_grn(adata, model=type("Plain", (), {"get_grn": lambda self: own})())
+    kept = scpert.get.grn_df(adata).set_index(["source", "target"])["weight"].sort_index()
+    pd.testing.assert_series_equal(
+        kept, own.set_index(["source", "target"])["weight"].sort_index(), rtol=1e-5, check_dtype=False
+    )
+    with pytest.raises(ScpertError, match=r"model.grn_sign='up' is not known"):
+        scpert.tl.infer_grn(adata, model=type("Odd", (), {"grn_sign": "up", "get_grn": lambda self: own})())
+
+
+def test_gpovae_trains_and_is_read(tmp_path):
+    """The method is the model trained in the call: the same edges, signs and probabilities; the screen as it was."""
+    from scpert.model import GPOVAE
+
+    adata = knock_down_and_raise()
+    before = adata.copy()
+    options = {"n_latent": 4, "n_hidden": 8}
+    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, **options)
+    np.testing.assert_array_equal(adata.X.toarray(), before.X.toarray())
+    assert list(adata.obs.columns) == list(before.obs.columns) and set(adata.uns) == {*before.uns, "grn"}
+    again = scpert.tl.infer_grn(before, method="gpovae", max_epochs=2, threshold=0, copy=True, **options)
+    np.testing.assert_array_equal(again.varp["grn"].toarray(), adata.varp["grn"].toarray())
+    net = scpert.get.grn_df(adata)
+    assert set(net["source"]) <= set(targets(adata)) and not (net["source"] == net["target"]).any()
+    edges = adata.uns["grn"]["edges"]
+    assert edges["probability"].between(0, 1).all()
+    GPOVAE.setup_anndata(before)
+    model = GPOVAE(before, **options)
+    model.train(max_epochs=2)
+    own = model.get_grn(threshold=0.0).set_index(["source", "target"])["weight"]
+    own = own * sign_of_activity(adata)[own.index.get_level_values("source")].to_numpy()
+    found = net.set_index(["source", "target"])["weight"]
+    assert set(found.index) == set(own.index)
+    pd.testing.assert_series_equal(found.sort_index(), own.sort_index(), rtol=1e-4, atol=1e-6, check_dtype=False)
+    round_trip(adata, tmp_path)
+
+
+def test_network_of_a_linear_model_is_taken_as_it_is(tmp_path):
+    from scpert.model import LinearGRN
+
+    adata = scpert.datasets.simulated(n_genes=40, n_targets=8, n_combinations=0, cells_per_perturbation=40)
+    LinearGRN.setup_anndata(adata)
+    model = LinearGRN(adata)
+    model.train()
+    own = model.get_grn()
+    own = own[own["source"] != own["target"]]
+    scpert.tl.infer_grn(adata, model=model)
+    found = scpert.get.grn_df(adata)
+    assert adata.uns["grn"]["method"] == "model LinearGRN" and len(own)
+    pd.testing.assert_series_equal(
+        found.set_index(["source", "target"])["weight"].sort_index(),
+        own.set_index(["source", "target"])["weight"].sort_index(),
+        rtol=1e-5,
+        check_dtype=False,
+    )
+    round_trip(adata, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- real data
+
+
 DATA = os.environ.get("SCPERT_TEST_DATA")
 
 
@@ -490,3 +641,30 @@ def test_known_biology_of_enhancers():
     net = scpert.get.grn_df(adata, unmeasured=True)
     edges = set(map(tuple, net[["source", "target"]].to_numpy()))
     assert {("GATA1_enh", "GATA1"), ("HS2_enh", "HBE1"), ("MYC_enh", "MYC"), ("ZFPM2_enh", "ZFPM2")} <= edges
+
+
+@pytest.mark.skipif(not DATA, reason="SCPERT_TEST_DATA is not set")
+@pytest.mark.parametrize("method", ["interventional", "sparse_inverse", "ridge", "correlation", "boosting"])
+@pytest.mark.parametrize(
+    "file", ["schraivogel2020_k562_tapseq_crispat.h5ad", "norman2019_k562_crispra_perturbench.h5ad"]
+)
+def test_real_screens(file, method, tmp_path):
+    """Every method on a targeted CRISPRi panel and on a CRISPRa screen: regulators, signs and files."""
+    adata = ad.read_h5ad(Path(DATA) / file)
+    rng = np.random.default_rng(0)
+    adata = adata[np.sort(rng.permutation(adata.n_obs)[:4000])].copy()
+    if method == "boosting" and adata.n_vars > 100:
+        adata = adata[:, adata.var_names.isin(targets(adata)) | (np.arange(adata.n_vars) < 20)].copy()
+    size = "library_size" if "library_size" in adata.obs else None
+    options = {"n_estimators": 20, "max_cells": 500} if method == "boosting" else {}
+    scpert.tl.infer_grn(adata, method=method, library_size_key=size, **options)
+    net = scpert.get.grn_df(adata, unmeasured=True)
+    assert len(net) and set(net["source"]) <= set(targets(adata))
+    assert not (net["source"] == net["target"]).any() and np.isfinite(net["weight"]).all()
+    round_trip(adata, tmp_path)
+    if method == "interventional":  # the sign by hand: cells of the perturbation against controls
+        effects = scpert.tl.perturbation_effects(adata, library_size_key=size)
+        raises = "norman" in file
+        for source, target, weight in net[["source", "target", "weight"]].head(5).to_numpy():
+            shift = effects[source, target].X.item()
+            assert np.sign(weight) == (np.sign(shift) if raises else -np.sign(shift))

@@ -30,6 +30,9 @@ METHODS = ("interventional", "sparse_inverse", "gpovae", "ridge", "boosting", "c
 EDGES_PER_GENE = 10
 #: Above this number of edges no further columns are kept beside the weights.
 _MAX_TABLE = 200_000
+#: What a positive weight of a model's ``get_grn()`` means (its attribute ``grn_sign``): more of the target with more of
+#: the regulator, or more of the target under the perturbation of the regulator.
+_SIGNS = ("activity", "perturbation")
 
 
 @dataclass
@@ -107,7 +110,10 @@ def infer_grn(
         ``"ridge"``, ``"boosting"``, ``"correlation"``: regression or correlation of targets on regulators over
         cells. ``"gpovae"``: trains :class:`scpert.model.GPOVAE` and reads its mask and effects.
     model
-        A trained model: its ``get_grn()`` is taken instead, whatever ``method`` says.
+        A trained model: its ``get_grn()`` is taken instead, whatever ``method`` says. Where the model's attribute
+        ``grn_sign`` is ``"perturbation"`` (:class:`~scpert.model.GPOVAE`), its weights are changes under the
+        perturbation, and those of a regulator that its perturbation lowers in ``adata`` are turned round; by default
+        (``"activity"``) they are taken as they are.
     perturbation_key, control, layer, scale, library_size_key
         As in :func:`scpert.tl.perturbation_effects`.
     key_added
@@ -199,12 +205,12 @@ def infer_grn(
         **{name: value for name, value in options.items() if isinstance(value, str | int | float | bool)},
     }
     if model is not None:
-        net, used, found_scale = _net_of_model(model, adata), np.ones(adata.n_obs, dtype=bool), "model"
-        if type(model).__name__ == "GPOVAE" and perturbation_key in adata.obs:
-            net = _by_activity(net, adata, perturbation_key, control, layer, scale, library_size_key)
+        used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
+        net, found_scale = _net_of_model(model, adata), "model"
+        if check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation":
+            cells = adata if used.all() else adata[used]
+            net = _by_activity(net, cells, perturbation_key, control, layer, scale, library_size_key)
         method = f"model {type(model).__name__}"
-        if split_key is not None:
-            used = _training_cells(adata, split_key)
         names, columns, notes = _net_to_arrays(net), {}, {}
         source, target, weight = names
         extra = [c for c in net.columns if c not in K.NET and pd.api.types.is_numeric_dtype(net[c])]
@@ -454,20 +460,32 @@ def _net_of_model(model: Any, adata: AnnData) -> pd.DataFrame:
     return net
 
 
-def _by_activity(net: pd.DataFrame, adata: AnnData, key: str, control: str, layer: Any, scale: str, size: Any) -> Any:
-    """GPOVAE's weights are log fold changes under the perturbation: turned into signs of the regulator's activity."""
+def _by_activity(
+    net: pd.DataFrame,
+    adata: AnnData,
+    perturbation_key: str,
+    control: str,
+    layer: str | None,
+    scale: str,
+    library_size_key: str | None,
+) -> pd.DataFrame:
+    """Weights under the perturbation turned into signs of the regulator's activity."""
     from ._effects import perturbation_effects
     from ._grn_methods import perturbation_sign
 
     effects = perturbation_effects(
-        adata, perturbation_key=key, control=control, layer=layer, scale=scale, library_size_key=size
+        adata,
+        perturbation_key=perturbation_key,
+        control=control,
+        layer=layer,
+        scale=scale,
+        library_size_key=library_size_key,
     )
-    sources = list(dict.fromkeys(net[K.SOURCE].astype(str)))
-    known = [s for s in sources if s in effects.obs_names]
-    shift = np.asarray(effects[known].X)
-    sign = dict(zip(known, perturbation_sign(shift, adata.var_names.get_indexer(pd.Index(known))), strict=True))
-    turn = np.array([sign.get(s, -1.0) for s in net[K.SOURCE].astype(str)])
-    return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * turn})
+    sources = pd.Index(net[K.SOURCE].astype(str).unique())
+    row = effects.obs_names.get_indexer(sources)
+    position = np.where(row >= 0, adata.var_names.get_indexer(sources), -1)  # not perturbed singly: as the others
+    sign = pd.Series(perturbation_sign(np.asarray(effects.X)[row], position), index=sources)
+    return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * sign[net[K.SOURCE].astype(str)].to_numpy()})
 
 
 def _net_to_arrays(net: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -436,8 +436,9 @@ def gpovae(problem: Problem) -> Scores:
         library_size_key=screen.library_size_key,
         covariate_keys=problem.covariate_keys or None,
     )
+    options.setdefault("random_state", problem.random_state)
     trained = GPOVAE(data, **options)
-    trained.train(max_epochs)
+    trained.train(max_epochs, random_state=problem.random_state)
     net = trained.get_grn(threshold=0.0)
     row = {name: i for i, name in enumerate(problem.regulators)}
     weight = np.zeros((len(row), len(problem.genes)))
