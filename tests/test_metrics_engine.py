@@ -195,3 +195,16 @@ def test_adjusted_mutual_information_is_scikit_learns():
         a, b = rng.integers(0, rng.integers(1, 8), n), rng.integers(0, rng.integers(1, 8), n)
         assert adjusted_mutual_information(a, b) == pytest.approx(adjusted_mutual_info_score(a, b), abs=1e-12)
     assert adjusted_mutual_information(np.arange(9), np.arange(9)) == 1.0
+
+
+def test_halves_of_a_reference_read_cells_of_their_own():
+    adata = scpert.datasets.simulated(300, 30, 4, 0, random_state=0)
+    reference = scpert.metrics.Reference(adata)
+    options = {"metrics": ["wasserstein"], "n_draws": 2, "random_state": 0}
+    fresh = scpert.metrics.ceiling(reference, **options)
+    for label in reference.perturbations:
+        reference.cells(label)  # the whole groups are in memory now
+    again = scpert.metrics.ceiling(reference, **options)
+    other = scpert.metrics.ceiling(reference, **(options | {"random_state": 1}))
+    assert np.array_equal(fresh, again)
+    assert not np.allclose(fresh, other)

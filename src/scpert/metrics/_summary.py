@@ -15,7 +15,7 @@ from .._checks import check_choice, check_fraction, check_positive, listing
 from .._progress import progress
 from ..errors import ScpertError
 from ._evaluate import compute
-from ._pair import Pair, Reference
+from ._pair import Blocks, Pair, Reference
 from ._registry import METRICS, resolve
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class _Half(Reference):
         self.rows = rows
         self.perturbations = sorted(set(rows) - {parent.control})
         self.n_cells = np.array([len(rows[p]) for p in self.perturbations])
-        self._cache = {}
+        self._cache, self._blocks = {}, Blocks()
         self.__dict__["_moments"] = moments
 
 
