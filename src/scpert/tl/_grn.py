@@ -210,7 +210,8 @@ def infer_grn(
         if check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation":
             cells = adata if used.all() else adata[used]
             net = _by_activity(net, cells, perturbation_key, control, layer, scale, library_size_key)
-        method = f"model {type(model).__name__}"
+        if method != "gpovae" or type(model).__name__ != "GPOVAE":
+            method = f"model {type(model).__name__}"
         names, columns, notes = _net_to_arrays(net), {}, {}
         source, target, weight = names
         extra = [c for c in net.columns if c not in K.NET and pd.api.types.is_numeric_dtype(net[c])]
