@@ -83,9 +83,9 @@ def regulators(a: ad.AnnData) -> None:
         a.obs["state"] = np.where(
             a.obs["cohort"] != cohort, "rest", np.where(a.obs["sample_type_code"].astype(str) == "01", cohort, "normal")
         )
-        table = model.master_regulators(a, groupby="state", start="rest", goal=cohort, net=net, n_boot=N_BOOT).set_index(
-            "regulator"
-        )
+        table = model.master_regulators(
+            a, groupby="state", start="rest", goal=cohort, net=net, n_boot=N_BOOT
+        ).set_index("regulator")
         names = table.index
         x = np.log1p(a[:, names].X.toarray() if hasattr(a.X, "toarray") else np.asarray(a[:, names].X))
         goal, rest = x[a.obs["state"] == cohort], x[a.obs["state"] == "rest"]
