@@ -106,7 +106,7 @@ class CellState(Experiments, BaseModel):
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
-        hidden = tuple(int(check_positive("hidden", h)) for h in ([hidden] if np.isscalar(hidden) else hidden))
+        hidden = tuple(int(check_positive("hidden", h)) for h in np.atleast_1d(np.asarray(hidden)).tolist())
         if not hidden:
             raise ScpertError("hidden=() has no layer: give at least one width, such as hidden=(1024,).")
         mask = (float(check_fraction("mask", mask[0])), float(check_fraction("mask", mask[1])))
@@ -194,7 +194,7 @@ class CellState(Experiments, BaseModel):
         ScpertError, MissingKeyError
             If genes are named twice, or a column is missing or unusable.
         """
-        arguments = {"layer": layer, "scale": scale, "group_key": group_key, "split_key": split_key}
+        arguments: dict[str, Any] = {"layer": layer, "scale": scale, "group_key": group_key, "split_key": split_key}
         if adata.is_view:
             adata._init_as_actual(adata.copy())
         manager = AnnDataManager(
@@ -478,7 +478,9 @@ class CellState(Experiments, BaseModel):
 
     def _standardise(self, reader: ExpressionReader, rows: np.ndarray) -> None:
         """Mean and scale of each gene over the training rows, in one pass."""
-        total, square, low, high = np.zeros(self.n_genes), np.zeros(self.n_genes), np.inf, -np.inf
+        total, square = np.zeros(self.n_genes), np.zeros(self.n_genes)
+        low: Any = np.inf
+        high: Any = -np.inf
         fraction = np.zeros(self.n_genes)
         blocks = row_blocks(len(rows), 512)
         for part in progress(blocks, total=len(blocks), description="gene statistics", unit="block"):

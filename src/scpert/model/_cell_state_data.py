@@ -158,7 +158,7 @@ class ExpressionField(BaseAnnDataField):
         )
         where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
         X = adata.X if layer is None else adata.layers[layer]
-        scale = expression_scale(X, o["scale"], where)
+        scale = expression_scale(X, str(o["scale"]), where)
         if o["group_key"] is not None:
             groups = check_obs_key(adata, o["group_key"], "group_key")
             if groups.isna().any():
@@ -251,9 +251,11 @@ def open_backed(
         import zarr
 
         group = zarr.open_group(str(path), mode="r")
-        X = group["X"]
+        X: Any = group["X"]
         X = ad.io.sparse_dataset(X) if isinstance(X, zarr.Group) else X
-        return AnnData(X, obs=ad.io.read_elem(group["obs"]), var=ad.io.read_elem(group["var"]))
+        obs: Any = ad.io.read_elem(group["obs"])
+        var: Any = ad.io.read_elem(group["var"])
+        return AnnData(X, obs=obs, var=var)
     if not h5py.is_hdf5(path):
         raise FileFormatError(f"{str(path)!r} is neither h5ad, zarr nor HDF5.")
     with h5py.File(path, "r") as file:

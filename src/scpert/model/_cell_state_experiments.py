@@ -256,7 +256,8 @@ class Experiments(Transfer):
         converged &= finite
         if not converged.all():
             logger.warning("%d of %d samples did not converge: see obs['converged']", int((~converged).sum()), n)
-        out = AnnData(base + delta, obs=adata.obs.copy(), var=pd.DataFrame(index=pd.Index(self.genes_, dtype=str)))
+        obs: Any = adata.obs.copy()
+        out = AnnData(base + delta, obs=obs, var=pd.DataFrame(index=pd.Index(self.genes_, dtype=str)))
         out.layers[K.DELTA] = delta
         out.layers["reconstruction"] = base
         out.obs["converged"] = converged
@@ -867,15 +868,15 @@ class Experiments(Transfer):
             }
         )
         if per_sample:
-            order = np.argsort(-zscore, kind="stable")
+            ranking = np.argsort(-zscore, kind="stable")
             parts = []
             for j, row in enumerate(use):
-                part = table.iloc[order].copy()
+                part = table.iloc[ranking].copy()
                 part.insert(0, "sample", str(adata.obs_names[row]))
                 part["shift"], part["additive"], part["synergy"] = (
-                    total[order, j],
-                    additive[order, j],
-                    synergy[order, j],
+                    total[ranking, j],
+                    additive[ranking, j],
+                    synergy[ranking, j],
                 )
                 parts.append(part)
             return pd.concat(parts, ignore_index=True)
@@ -947,7 +948,7 @@ class Experiments(Transfer):
             total += (by_input.T @ by_latent).numpy()
         total /= len(rows)
         if symmetric:
-            total = (total + total.T) / 2
+            total[:] = (total + total.T) / 2
         names_s, names_t = np.asarray(self.genes_)[sources], np.asarray(self.genes_)[targets]
         same = names_s[:, None] == names_t[None, :]
         strength = np.where(same, -1.0, np.abs(total))

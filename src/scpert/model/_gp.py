@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -449,7 +450,7 @@ class KnowledgeGP(KnowledgeModel):
     def _fit_interaction(self) -> None:
         e = self.effects_
         doubles = [i for i, t in enumerate(e.targets) if len(t) == 2 and all(x in e.singles for x in t)]
-        self.interaction_ = {"scale": 1.0, "used": False}
+        self.interaction_: dict[str, Any] = {"scale": 1.0, "used": False}
         if len(doubles) < 4:
             return
         base = np.stack([e.delta[[e.singles[x] for x in e.targets[i]]].sum(axis=0) for i in doubles]).astype(np.float64)
@@ -465,7 +466,7 @@ class KnowledgeGP(KnowledgeModel):
         axes = _principal_axes(
             e.delta.astype(np.float64) - e.mean, min(10, len(e.labels) - 1), np.random.default_rng(0)
         )
-        phi = np.stack([self._pair_features(axes, *e.targets[i]) for i in doubles])
+        phi = np.stack([self._pair_features(axes, e.targets[i][0], e.targets[i][1]) for i in doubles])
         norm = max(float(np.sqrt((phi**2).sum() / len(phi))), 1e-12)
         phi /= norm
         values, vectors = np.linalg.eigh(phi @ phi.T)
@@ -548,7 +549,7 @@ class KnowledgeGP(KnowledgeModel):
             if len(t) > 1:
                 total = self.interaction_["scale"] * total
                 if self.interaction_["used"] and len(t) == 2:
-                    pair = self._pair_features(self.interaction_["axes"], *t, shifts=shifts)
+                    pair = self._pair_features(self.interaction_["axes"], t[0], t[1], shifts=shifts)
                     total = total + pair @ self.interaction_["weights"]
             delta[i] = total
             std[i] = np.sqrt(np.sum([sds[x] ** 2 for x in t], axis=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ class CellStateModule(nn.Module):
         Costs nothing per unmoved gene, which is what makes a screen of all genes cheap.
         """
 
-        def add(base: Tensor | None, weight: Tensor | None) -> Tensor | None:
+        def add(base: Tensor | None, weight: Tensor | None) -> Any:
             if base is None or weight is None:
                 return base
             return base + torch.einsum("rm,rmh->rh", change, weight[genes])

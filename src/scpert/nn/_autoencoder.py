@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ResidualStack(nn.Module):
                     layer.weight.mul_(depth**-0.5)
 
     def _block(self, i: int, h: Tensor) -> Tensor:
-        layer = self.layers[i]
+        layer: Any = self.layers[i]
         return _fit_width(h, layer.out_features) + layer(self.dropout(F.gelu(self.norms[i](h))))
 
     def rest(self, h: Tensor) -> Tensor:

@@ -336,7 +336,7 @@ def patient_regulators(
 
     wide = table.pivot(index="regulator", columns="sample", values="rank").astype(float)
     wide = wide.loc[wide.median(axis=1).sort_values(kind="stable").index[: int(n_top)]]
-    values = np.log10(wide)
+    values: pd.DataFrame = wide.transform(np.log10)
     if values.shape[1] > 2:
         values = values.iloc[:, leaves_list(linkage(values.T, "average"))]
     if values.shape[0] > 2:
