@@ -39,12 +39,7 @@ def __getattr__(name: str) -> Any:
 
         return UnknownTargetError
     if name == "MODELS":
-        models = {}
-        for key, file in _WHERE.items():
-            try:
-                models[key] = getattr(importlib.import_module(f"{__name__}.{file}"), key)
-            except (ModuleNotFoundError, AttributeError):  # while the package is being built
-                continue
+        models = {key: getattr(importlib.import_module(f"{__name__}.{file}"), key) for key, file in _WHERE.items()}
         globals()["MODELS"] = models
         return models
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
