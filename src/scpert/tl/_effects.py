@@ -32,7 +32,9 @@ def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
     order = np.argsort(values, kind="stable")
     ranked = values[order]
     ranked *= len(ranked)
-    ranked /= np.arange(1, len(ranked) + 1)
+    for start in range(0, len(ranked), 65536):  # in pieces: the ranks would be another array of this size
+        piece = ranked[start : start + 65536]
+        piece /= np.arange(start + 1, start + len(piece) + 1)
     np.minimum.accumulate(ranked[::-1], out=ranked[::-1])
     np.minimum(ranked, 1.0, out=ranked)
     values[order] = ranked
