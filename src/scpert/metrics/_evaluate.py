@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -155,9 +155,9 @@ def _compute_one(m: Metric, pair: Pair) -> list[tuple[str, np.ndarray, dict[str,
     reason = _unavailable(m, pair)
     if reason:
         return [(name, nothing, {"all": reason}) for name in names]
-    assert m.function is not None
+    function: Any = m.function  # `_unavailable` has answered for metrics without one
     try:
-        result = m.function(pair)
+        result = function(pair)
     except Undefined as undefined:
         if undefined.values is None:
             return [(name, nothing, {"all": undefined.reason}) for name in names]

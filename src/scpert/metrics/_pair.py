@@ -189,8 +189,8 @@ class Reference:
 
     @cached_property
     def _train_moments(self) -> Any:
-        assert self.train is not None
-        return self.train.moments()
+        train: Any = self.train
+        return train.moments()
 
     @cached_property
     def train_effects(self) -> np.ndarray | None:
@@ -209,8 +209,8 @@ class Reference:
         return self._align(moments.mean[use])
 
     def _align(self, values: np.ndarray) -> np.ndarray:
-        assert self.train is not None
-        position = self.train.genes.astype(str).get_indexer(pd.Index(self.genes))
+        train: Any = self.train
+        position = train.genes.astype(str).get_indexer(pd.Index(self.genes))
         out = np.full((len(values), len(self.genes)), np.nan)
         out[:, position >= 0] = values[:, position[position >= 0]]
         return out

@@ -195,7 +195,8 @@ def ceiling(
         filled = table.fillna(0.0)
         total = filled if total is None else total + filled
         count = table.notna().astype(float) if count is None else count + table.notna()
-    assert total is not None and count is not None
+    if total is None or count is None:
+        raise ScpertError(f"n_draws={n_draws}: give a number of draws above 0.")
     out = (total / count.where(count > 0)).reindex(labels)
     out.index.name = "perturbation"
     for label in set(labels) - set(usable):
@@ -247,9 +248,9 @@ class _Halves:
         a = self.predicting
         mean, base = np.roll(a.mean, turn, axis=0), a.control_mean
         if kind == "interpolated":
-            assert a.centroid is not None
+            centroid: Any = a.centroid
             alpha = 1.0 - _padj(a)
-            mean = alpha * mean + (1 - alpha) * a.centroid
+            mean = alpha * mean + (1 - alpha) * centroid
         if cells and kind == "split_half":
             return Pair(_cells_of(a), self.truth, level="cell")
         return Pair(as_prediction(a, mean, mean - base), self.truth, level="pseudobulk")

@@ -159,12 +159,12 @@ def fit(
         return (torch.rand(y.shape, device=device, generator=generator) >= share).float()
 
     def validate() -> tuple[float, float]:
-        assert validation is not None
+        batches: Any = validation
         module.eval()
         fixed = torch.Generator(device=device).manual_seed(seed + 1)
         total = np.zeros(3)
         with torch.no_grad(), autocast:
-            for y, counts in validation():
+            for y, counts in batches():
                 y = y.to(device)
                 loss, error = module.loss(
                     y,

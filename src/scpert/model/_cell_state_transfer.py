@@ -92,7 +92,7 @@ class Transfer:
         if adapter_rank is not None:
             check_positive("adapter_rank", adapter_rank)
         check_unique_names(adata)
-        labels: np.ndarray | None = None
+        labels: Any = None  # given for every task that has some: checked below
         if task != "reconstruction":
             if groupby is None:
                 raise ScpertError(f"task={task!r} needs groupby=, the column of the labels.")
@@ -149,10 +149,8 @@ class Transfer:
         if task == "reconstruction":
             report = _tune_reconstruction(self, tuned, own, groups, settings, n_folds if compare else 0)
         elif task == "classification":
-            assert labels is not None
             report = _tune_classification(tuned, reader, labels, groups, settings, n_folds, compare)
         else:
-            assert labels is not None
             report = _tune_perturbation(tuned, reader, labels, control, groups, n_folds)
         for key, value in counts_genes.items():
             report[key] = value

@@ -380,10 +380,9 @@ def _baselines(
     out = {"effect_size": ranked(sign * shift), "zscore": ranked(sign * np.asarray(effects.layers[K.ZSCORE]))}
     measured = [p for p in effects.obs_names if p in set(adata.var_names)]
     if measured:
-        correlated = infer_grn(
+        correlated: Any = infer_grn(
             train, method="correlation", regulators=measured, threshold=0, copy=True, **{**arguments, "scale": scale}
         )
-        assert correlated is not None  # copy=True
         out["correlation"] = grn_df(correlated)
     return out
 
