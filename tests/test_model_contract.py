@@ -109,6 +109,7 @@ def test_cells(name, trained):
     assert (cells.obs["perturbation"] == label).all()
     values = cells.X.toarray() if sparse.issparse(cells.X) else cells.X
     assert np.isfinite(values).all() and (values >= 0).all()
+    np.testing.assert_allclose(cells.layers["delta"], values - model.reference_.mean, atol=1e-6)
     again = model.predict_perturbation(label, level="cell", n_samples=30, random_state=1)
     np.testing.assert_array_equal(values, again.X.toarray() if sparse.issparse(again.X) else again.X)
 
@@ -167,6 +168,15 @@ def test_unknown_targets(name, trained):
     np.testing.assert_allclose(near.X, model.predict_perturbation(known).X, atol=1e-6)
     table = model.coverage([known, "NOSUCHGENE"])
     assert list(table["status"]) == ["trained", "unknown"]
+    assert list(model.coverage([]).columns) == list(table.columns) and model.coverage("control").empty
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embedding_has_a_row_for_each_trained_target(name, trained):
+    model, *_ = trained(name)
+    table = model.get_perturbation_embedding()
+    assert table.index.is_unique and np.isfinite(table.to_numpy()).all()
+    assert set(model.targets_) <= set(table.index) and table.index.name == "target"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,7 +188,7 @@ def test_held_out_labels_follow_the_scope(name, _small_screen):
     model = build(name, adata)
     model.train(max_epochs=1, batch_size=64)
     assert held not in model.effects_.labels
-    if model.scope == "unseen" or model._uncovered == "fallback":
+    if model.scope == "unseen":
         try:
             out = model.predict_perturbation(held)
         except UnknownTargetError:
@@ -212,6 +222,25 @@ def test_new_controls_are_aligned_by_name(name, trained, _small_screen):
     assert len(model._per_instance_manager_store[model.id]) == store
     with pytest.raises(MissingKeyError, match="1 of the model's 12 genes"):
         model.predict_perturbation(label, controls[:, 1:].copy())
+
+
+def test_new_controls_must_be_controls(trained, _small_screen):
+    model, *_ = trained("PerturbedMean")
+    label = model.effects_.labels[0]
+    perturbed = _small_screen[_small_screen.obs["perturbation"] != "control"].copy()
+    with pytest.raises(LabelError, match="start from control cells"):
+        model.predict_perturbation(label, perturbed)
+    del perturbed.obs["perturbation"]
+    assert np.isfinite(model.predict_perturbation(label, perturbed).X).all()
+
+
+def test_setting_up_a_copy_leaves_the_original_usable(small_screen):
+    cls = scpert.model.PerturbedMean
+    cls.setup_anndata(small_screen)
+    part = small_screen[::2].copy()
+    cls.setup_anndata(part)
+    assert cls(small_screen).adata is small_screen
+    assert cls(part).adata is part
 
 
 def test_files_of_a_newer_format_and_damaged_ones_are_refused(trained, tmp_path):

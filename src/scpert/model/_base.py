@@ -144,6 +144,13 @@ class BaseModel(BaseModelClass):
 
     module: Any = None
 
+    @classmethod
+    def _own_identity(cls, adata: AnnData) -> None:
+        """Give a copy of data that was set up an identifier of its own, so that the original stays usable."""
+        known = cls._setup_adata_manager_store.get(adata.uns.get("_scvi_uuid"))
+        if known is not None and known.adata is not adata:
+            del adata.uns["_scvi_uuid"]
+
     def _remember(self, local: dict[str, Any]) -> dict[str, Any]:
         """Note the options of the constructor, given its ``locals()``."""
         known = inspect.signature(type(self).__init__).parameters
@@ -405,6 +412,7 @@ class PerturbationModel(BaseModel):
     #: Partners that the loader adds to a batch (see :class:`~scpert.data._loader.PerturbationLoader`).
     _partners: tuple[str, ...] = ()
     #: What happens with a known target that the model has no information on: its mean ("fallback"), or ``on_unknown``.
+    #: A model of combinations has nothing to say of a single target that was not trained.
     _uncovered: str = "raise"
     #: Arguments of setup_anndata that the model makes use of, beside labels, layer, scale and split.
     _uses: tuple[str, ...] = ("library_size_key",)
@@ -484,6 +492,7 @@ class PerturbationModel(BaseModel):
                 "setup_args": arguments,
             },
         )
+        cls._own_identity(adata)
         manager.register_fields(adata)
         cls.register_manager(manager)
 
@@ -642,8 +651,15 @@ class PerturbationModel(BaseModel):
         """Reference cells from other data: its control cells if it has labels, else all its cells."""
         adata = self._align(adata)
         key = self.setup_args_["perturbation_key"]
-        if key in adata.obs.columns and (adata.obs[key].astype(str) == self.control_).any():
-            adata = adata[(adata.obs[key].astype(str) == self.control_).to_numpy()]
+        if key in adata.obs.columns:
+            labels = adata.obs[key].astype(str).to_numpy()
+            if (labels == self.control_).any():
+                adata = adata[labels == self.control_]
+            elif perturbed := sorted(set(labels) & set(self.labels_)):
+                raise LabelError(
+                    f"adata has no cell with obs[{key!r}] == {self.control_!r}, but perturbed ones ({listing(perturbed, 3)}): "
+                    "predictions start from control cells. Give these, or drop the column if all cells are unperturbed."
+                )
         obs: Any = adata.obs.copy()
         labelled = AnnData(obs=obs, var=pd.DataFrame(index=adata.var_names))
         labelled.X = adata.X
@@ -798,7 +814,18 @@ class PerturbationModel(BaseModel):
                     "suggestions": ", ".join([] if self._knows(gene) else suggest(gene, self._known)),
                 }
             )
-        return pd.DataFrame(rows).set_index("target")
+        columns = [
+            "target",
+            "status",
+            "trained",
+            "in_graph",
+            "measured",
+            "predictable",
+            "n_cells",
+            "alias",
+            "suggestions",
+        ]
+        return pd.DataFrame(rows, columns=columns).set_index("target")
 
     def _status(self, targets: tuple[str, ...]) -> str | None:
         """Status of a label, or ``None`` if the model cannot predict it."""
@@ -811,7 +838,9 @@ class PerturbationModel(BaseModel):
                 return K.COMBINATION
         elif self.scope == "unseen" and all(t in self._trained_targets or self._covers(t) for t in targets):
             return K.UNSEEN
-        return K.FALLBACK if self._uncovered == "fallback" else None
+        if self._uncovered != "fallback" or (self.scope == "combinations" and len(targets) == 1):
+            return None
+        return K.FALLBACK
 
     def _refuse(self, label: str, targets: tuple[str, ...]) -> UnknownTargetError:
         unknown = [t for t in targets if not self._knows(t)]
@@ -902,7 +931,8 @@ class PerturbationModel(BaseModel):
             Labels (``GENE``, ``GENE_A+GENE_B``; the order of targets does not matter); by default all labels of the
             data that the model can predict.
         adata
-            Control cells to perturb; by default control cells of the training data. Genes are aligned by name.
+            Control cells to perturb (cells with the control's label, or all where there are no labels); by default
+            control cells of the training data. Genes are aligned by name.
         level
             ``"pseudobulk"``: one row a perturbation; ``"cell"``: predicted cells.
         n_samples
@@ -1050,6 +1080,7 @@ class PerturbationModel(BaseModel):
         obs = self._obs(np.repeat(labels, n).tolist(), np.repeat(status, n).tolist())
         obs.index = [f"{label}_{i}" for label in labels for i in range(n)]
         out = AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=self.genes_))
+        out.layers[K.DELTA] = out.X.toarray() - reference.mean
         out.uns[K.UNS] = note
         return out
 
@@ -1066,12 +1097,18 @@ class PerturbationModel(BaseModel):
         raise ScpertError(f"{type(self).__name__} has no latent space of cells.")
 
     def get_perturbation_embedding(self) -> pd.DataFrame:
-        """Embedding of the perturbations ``(target, dim)``: by default principal components of the training effects."""
+        """Embedding of the targets ``(target, dim)``: by default principal components of the training effects.
+
+        A target that was not perturbed alone has the mean of the combinations that it is in.
+        """
         self._check_trained()
-        centred = self.effects_.delta - self.effects_.mean
-        u, s, _ = np.linalg.svd(centred, full_matrices=False)
+        e = self.effects_
+        u, s, _ = np.linalg.svd(e.delta - e.mean, full_matrices=False)
         k = max(1, min(10, len(s) - 1))
-        return pd.DataFrame(u[:, :k] * s[:k], index=pd.Index(self.effects_.labels, name="perturbation"))
+        scores = u[:, :k] * s[:k]
+        targets = sorted(self._trained_targets)
+        rows = [[e.singles[t]] if t in e.singles else [i for i, x in enumerate(e.targets) if t in x] for t in targets]
+        return pd.DataFrame([scores[i].mean(axis=0) for i in rows], index=pd.Index(targets, name="target"))
 
     def get_grn(self) -> pd.DataFrame:
         """The gene regulatory network in the model: a net ``source, target, weight``."""

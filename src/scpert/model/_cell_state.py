@@ -205,6 +205,7 @@ class CellState(Experiments, BaseModel):
                 "setup_args": arguments,
             },
         )
+        cls._own_identity(adata)
         manager.register_fields(adata)
         cls.register_manager(manager)
 

@@ -212,7 +212,7 @@ class LinearPCA(TargetwiseModel):
     def get_perturbation_embedding(self) -> pd.DataFrame:
         """Embedding :math:`P` of the targets that the model knows ``(target, dim)``."""
         self._check_trained()
-        return self.targets_embedding_.copy()
+        return self.targets_embedding_.rename_axis("target")
 
 
 class KnowledgeModel(TargetwiseModel):
