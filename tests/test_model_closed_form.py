@@ -234,3 +234,11 @@ def test_linear_grn_clamps_the_target_and_propagates(screen):
 def test_linear_grn_refuses_effects():
     with pytest.raises(ScpertError, match="effects"):
         scpert.model.LinearGRN.setup_anndata(effects(), scale="effects")
+
+
+def test_no_change_predicts_no_change_also_of_genes_it_has_never_seen():
+    adata = effects()
+    still = fit("NoChange", adata).predict_perturbation(["unheard", "g1"], on_unknown="mean")
+    assert not np.asarray(still.layers["delta"]).any()
+    mean = fit("PerturbedMean", adata).predict_perturbation("unheard", on_unknown="mean")
+    np.testing.assert_allclose(mean.layers["delta"][0], adata.X.mean(axis=0), atol=1e-6)

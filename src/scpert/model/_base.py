@@ -1026,6 +1026,10 @@ class PerturbationModel(BaseModel):
         out.uns[K.UNS] = note
         return out
 
+    def _uninformed(self) -> np.ndarray:
+        """What is predicted where nothing is known of the targets: the mean effect of the training perturbations."""
+        return self.effects_.mean
+
     def _complete(
         self,
         targets: list[tuple[str, ...]],
@@ -1037,7 +1041,7 @@ class PerturbationModel(BaseModel):
         """Predictions of the model, with the mean effect where it has none; updates ``status`` in place."""
         informed = [i for i, t in enumerate(targets) if t]
         n, g = len(targets), self.n_genes
-        delta = np.tile(self.effects_.mean, (n, 1)).astype(np.float32)
+        delta = np.tile(self._uninformed(), (n, 1)).astype(np.float32)
         std = lower = upper = None
         if informed:
             part = self._predict_delta([targets[i] for i in informed], reference, rng, size)

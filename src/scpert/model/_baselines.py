@@ -38,6 +38,9 @@ class NoChange(ClosedFormModel):
         super().__init__(adata, registry)
         self._remember(locals())
 
+    def _uninformed(self) -> np.ndarray:
+        return np.zeros(self.n_genes, dtype=np.float32)
+
     def _predict_delta(
         self, targets: list[tuple[str, ...]], reference: Reference, rng: np.random.Generator, batch_size: int
     ) -> Prediction:
