@@ -338,6 +338,13 @@ def test_regulators_n_edges_threshold_and_key(screen, caplog):
     assert np.abs(adata.varp["other"].data).min() > 0.1
 
 
+def test_a_view_becomes_an_object_of_its_own(screen, recwarn):
+    view = screen[::2]
+    scpert.tl.infer_grn(view)
+    assert not view.is_view and "grn" in view.varp and "grn" not in screen.varp
+    assert not [w for w in recwarn if "view" in str(w.message)]
+
+
 def test_split_and_observational(screen):
     adata = screen.copy()
     adata.obs["split"] = np.where(np.arange(adata.n_obs) % 2, "train", "test")

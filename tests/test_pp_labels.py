@@ -52,6 +52,10 @@ def read(labels, genes=("G1", "G2"), **kwargs):
         (["WT", "WT1"], ["control", "WT1"]),
         (["control", "GATA1", "GATA1_enh", "HS2_enh"], ["control", "GATA1", "GATA1_enh", "HS2_enh"]),
         (["control", "B+A", "A"], ["control", "A+B", "A"]),
+        (
+            ["NT", "chr8:128045-128545", "chr8:128045-128545_2+KLF1", "KLF1"],
+            ["control", "chr8:128045-128545", "KLF1+chr8:128045-128545", "KLF1"],
+        ),
     ],
 )
 def test_reads(labels, expected):

@@ -124,6 +124,14 @@ def test_contexts_keep_every_perturbation_in_training():
     assert set(obs.loc[obs["split"] == "test", "donor"]) == {"d2"}
 
 
+def test_context_is_found_and_said(caplog):
+    adata = screen()
+    adata.obs["batch"] = np.where(np.arange(adata.n_obs) % 2, "b1", "b2")
+    scpert.pp.split(adata, kind="contexts", fractions=(0.5, 0.25, 0.25))
+    assert adata.uns["scpert"]["split"]["context_key"] == "donor"
+    assert "'donor' is taken as the context; 'batch' could be meant" in caplog.text
+
+
 def test_folds_cover_each_single_perturbation_once():
     adata = screen(combos=())
     tested, fold_columns = [], []

@@ -123,8 +123,8 @@ def test_download_is_used_without_path(files, monkeypatch):
 
 def test_bad_files(files, tmp_path):
     gmt, names, relation = files
-    with pytest.raises(ScpertError, match="Give the hierarchy"):
-        reactome(gmt)
+    flat = reactome(gmt)  # gene sets alone work: no hierarchy, one level
+    assert flat.n_levels == 1 and flat.genes("Some") == reactome(*files).genes("Some") and not flat.parents("Some")
     with pytest.raises(ScpertError, match="gene sets as path="):
         reactome(hierarchy=relation)
     with pytest.raises(FileFormatError, match="places none of the pathways"):

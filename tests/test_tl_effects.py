@@ -168,6 +168,11 @@ def test_bad_input(screen):
         scpert.tl.perturbation_effects(adata, covariate_keys="nothing")
     with pytest.raises(ScaleError, match="log1p"):
         scpert.tl.perturbation_effects(adata, scale="log1p")
+    table = ad.AnnData(
+        np.eye(3, dtype=np.float32) * 0.5, obs=pd.DataFrame({"perturbation": list("ABC")}, index=list("abc"))
+    )
+    with pytest.raises(LabelError, match="say scale='effects'"):
+        scpert.tl.perturbation_effects(table)
     only = adata[adata.obs["perturbation"] == "control"].copy()
     with pytest.raises(ScpertError, match="no perturbation"):
         scpert.tl.perturbation_effects(only)

@@ -42,6 +42,15 @@ def test_held_out_goal_is_reached_by_its_own_perturbation():
     assert far >= 3
 
 
+def test_tables_of_effects_start_from_zero(screen):
+    effects = scpert.tl.perturbation_effects(screen)
+    label = effects.obs_names[0]
+    assert "control" not in effects.obs_names
+    table = scpert.tl.rank_perturbations(effects, goal=label, scale="effects", doubles=False, exclude_targets=False)
+    assert table.loc[0, "perturbation"] == label
+    assert table.loc[0, "remaining"] == pytest.approx(0, abs=1e-6)
+
+
 def test_formulas_by_hand(screen):
     effects = scpert.tl.perturbation_effects(screen)
     wanted = pd.Series(np.random.default_rng(0).normal(size=screen.n_vars), index=screen.var_names)

@@ -199,9 +199,8 @@ def quickstart(
     check_choice("split", split, ("cells", "perturbations", "combinations"))
     cls = MODELS[names[model.casefold()]]
     if not hasattr(cls, "predict_perturbation"):
-        raise ScpertError(
-            f"{cls.__name__} does not predict perturbations. Choose another of {listing(sorted(names), 30)}."
-        )
+        able = sorted(key for key, name in names.items() if hasattr(MODELS[name], "predict_perturbation"))
+        raise ScpertError(f"{cls.__name__} does not predict perturbations. Choose one of {listing(able, 30)}.")
     clock = _Clock()
     print("scpert quickstart")
     with clock("read and check"):

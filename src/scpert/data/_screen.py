@@ -18,7 +18,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_obs_key, check_unique_names, listing
-from ..errors import MissingKeyError, ScaleError, ScpertError
+from ..errors import LabelError, MissingKeyError, ScaleError, ScpertError
 from ._perturbation import check_labels
 
 if TYPE_CHECKING:
@@ -299,12 +299,17 @@ class Screen:
         where = "adata.X" if self.layer is None else f"adata.layers[{self.layer!r}]"
         self.where = where
         self.scale = resolve_scale(self.X, scale, allowed, where)
-        self.labels = check_labels(
-            series,
-            control if require_control and self.scale != K.SCALE_EFFECTS else None,
-            key=perturbation_key,
-            genes=adata.var_names,
-        )
+        need_control = require_control and self.scale != K.SCALE_EFFECTS
+        try:
+            self.labels = check_labels(
+                series, control if need_control else None, key=perturbation_key, genes=adata.var_names
+            )
+        except LabelError as error:
+            if need_control and K.SCALE_EFFECTS in allowed and series.is_unique:  # one row a label: a table of effects?
+                raise LabelError(
+                    f"{error} If the rows are effects, already relative to control, say scale='effects'."
+                ) from None
+            raise
         self.library_size_key = library_size_key
         if library_size_key is not None:
             check_obs_key(adata, library_size_key, "library_size_key")

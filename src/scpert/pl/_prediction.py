@@ -359,6 +359,8 @@ def effects(
     >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
     >>> ax = scpert.pl.effects(scpert.tl.perturbation_effects(adata))
     """
+    check_positive("n_genes", n_genes)
+    check_positive("n_perturbations", n_perturbations)
     values = effects.layers[K.DELTA] if K.DELTA in effects.layers else effects.X
     values = np.nan_to_num(values.toarray() if hasattr(values, "toarray") else np.asarray(values))
     names = effects.obs[K.PERTURBATION].astype(str).to_numpy() if K.PERTURBATION in effects.obs else effects.obs_names

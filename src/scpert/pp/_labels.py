@@ -53,6 +53,7 @@ _HYPHEN_FAMILY = re.compile(
 )
 _HYPHEN_WORM = re.compile(r"^[a-z]{3,4}-\d+$")
 _SYMBOL = re.compile(r"^(?=.*[A-Za-z])[A-Za-z0-9][A-Za-z0-9.\-]{1,}$")
+_REGION = re.compile(r"chr[0-9XYMT]+:\d+(?:-\d+)?")  # the place of an enhancer
 _ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]*G\d{11})\.\d+$")
 
 
@@ -123,6 +124,8 @@ class _Reader:
             if shorter and shorter != stem:
                 stem = shorter
                 break
+        if _REGION.fullmatch(stem):
+            return stem
         if hyphen and stem not in self.genes and (found := _HYPHEN_NUMBER.search(stem)):
             before = stem[: found.start()]
             if not _HYPHEN_WORM.match(stem) and not _HYPHEN_FAMILY.match(before):
@@ -143,6 +146,7 @@ class _Reader:
         if label in self.genes or self.is_control(label):
             return [label]
         shielded = re.sub(r"_([+-])_(?=\d)", lambda m: "_\x01_" if m.group(1) == "+" else "_\x02_", label)
+        shielded = _REGION.sub(lambda m: m.group().replace(":", "\x03"), shielded)
         present = [d for d in _STRONG if d in shielded]
         if not present:
             return [label]
@@ -152,7 +156,8 @@ class _Reader:
             else:
                 self.problem("mixed", label)
                 return [label]
-        return [p.strip().replace("\x01", "+").replace("\x02", "-") for p in shielded.split(present[0])]
+        parts = shielded.split(present[0])
+        return [p.strip().replace("\x01", "+").replace("\x02", "-").replace("\x03", ":") for p in parts]
 
     def weak_parts(self, part: str) -> list[str] | None:
         """Split at ``_`` or blanks where the pieces are known genes or controls; None: cannot tell."""
@@ -197,7 +202,12 @@ class _Reader:
         if self.delimiter is None and len(out) == 1:
             (only,) = out
             halves = only.split("-")
-            if only not in self.genes and len(halves) == 2 and all(h in self.known for h in halves):
+            if (
+                not _REGION.fullmatch(only)
+                and only not in self.genes
+                and len(halves) == 2
+                and all(h in self.known for h in halves)
+            ):
                 self.problem("dash", label)
                 return None
         return tuple(sorted(out))

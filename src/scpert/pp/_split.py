@@ -404,8 +404,8 @@ def split(
     covariate_keys
         Columns (batch, replicate) over whose values cells are spread evenly, wherever cells are divided.
     context_key
-        For ``"contexts"``: column of the context; by default the one that is there of ``context``, ``cell_line``,
-        ``cell_type``, ``tissue``, ``condition``, ``donor``, ``batch``.
+        For ``"contexts"``: column of the context; by default the first that is there of ``context``, ``cell_line``,
+        ``cell_type``, ``tissue``, ``condition``, ``donor``, ``batch``, which is logged.
     contexts
         For ``"contexts"``: where to hold out; by default in every context. Each perturbation stays in training in at
         least one.
@@ -542,13 +542,18 @@ def _context_key(adata: AnnData, key: str | None) -> str:
     if key is not None:
         return key
     there = [c for c in _CONTEXT_COLUMNS if c in adata.obs.columns and adata.obs[c].nunique() > 1]
-    if len(there) == 1:
+    if not there:
+        raise SplitError(
+            f"kind='contexts' needs context_key=, the column of the cell line, donor or other context; adata.obs has "
+            f"{listing(adata.obs.columns, 20)}."
+        )
+    if len(there) > 1:
+        logger.warning(
+            "split: context_key=%r is taken as the context; %s could be meant, too", there[0], listing(there[1:])
+        )
+    else:
         logger.info("split: context_key=%r", there[0])
-        return there[0]
-    raise SplitError(
-        f"kind='contexts' needs context_key=, the column of the cell line, donor or other context; adata.obs has "
-        f"{listing(adata.obs.columns, 20)}" + (f", of which {listing(there)} could be meant." if there else ".")
-    )
+    return there[0]
 
 
 def _effect_sizes(adata: AnnData, labels: np.ndarray, key: str, control: str | None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -17,6 +18,8 @@ from ._read import check_acyclic, column, local_file, open_text, provenance, rea
 from ._symbols import rename_genes
 
 __all__ = ["Reactome", "reactome"]
+
+logger = logging.getLogger("scpert")
 
 _URL = "https://reactome.org/download/current/"
 _FILES = {
@@ -269,8 +272,8 @@ def reactome(
         ``ReactomePathways.txt`` (identifier, name, species), or a table with ``pathway_id`` and ``name``. May be left
         out with a local ``path``: the gene sets have names too.
     hierarchy
-        ``ReactomePathwaysRelation.txt`` (parent, child), or a table with these columns.
-        Where none of the three is given, the official ones are downloaded once into the cache.
+        ``ReactomePathwaysRelation.txt`` (parent, child), or a table with these columns. Without it (a local ``path``
+        alone) every pathway is on level 1. Where none of the three is given, the official ones are downloaded once into the cache.
     organism
         ``human``, ``mouse``, ``rat``, ``yeast``, ``zebrafish``, ``fly``: lines of other species in names and hierarchy
         are left out. The official gene sets are human; for any other organism give your own ``path``.
@@ -320,7 +323,10 @@ def reactome(
     else:
         given = {"path": path, "names": names, "hierarchy": hierarchy}
         if hierarchy is None:
-            raise ScpertError("Give the hierarchy of the pathways (ReactomePathwaysRelation.txt) as hierarchy=.")
+            logger.warning(
+                "reactome: no hierarchy= (ReactomePathwaysRelation.txt) was given: all pathways are on level 1, without "
+                "parents and children"
+            )
         files = {k: local_file(v, k) for k, v in given.items() if v is not None}
     sets: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
@@ -339,10 +345,12 @@ def reactome(
     if "names" in files:
         pairs = _read_pairs(files["names"], "names", (["pathway_id", "id", "pathway"], ["name", "pathway_name"]))
         labels.update((i, n) for i, n in pairs if i.startswith(prefix))
-    edges = _read_pairs(files["hierarchy"], "hierarchy", (["parent", "source"], ["child", "target"]))
-    edges = [(p, c) for p, c in edges if p.startswith(prefix) and c.startswith(prefix)]
+    edges: list[tuple[str, str]] = []
+    if "hierarchy" in files:
+        edges = _read_pairs(files["hierarchy"], "hierarchy", (["parent", "source"], ["child", "target"]))
+        edges = [(p, c) for p, c in edges if p.startswith(prefix) and c.startswith(prefix)]
     placed = {x for edge in edges for x in edge}
-    if not placed & set(sets):
+    if "hierarchy" in files and not placed & set(sets):
         raise FileFormatError(
             f"The hierarchy {files['hierarchy']} places none of the pathways of {files['path']} (such as "
             f"{listing(sorted(sets), 3)}). Are both of organism={organism!r}?"

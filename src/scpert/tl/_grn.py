@@ -15,6 +15,7 @@ from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_positive, listing, suggest
 from ..data import Screen, parse
 from ..errors import ScpertError, UnknownTargetError
+from ..pp._write import writable
 from ._effects import benjamini_hochberg
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def infer_grn(
         notes = scores.notes
         source, target, weight, columns = _edges(problem, scores, n_edges, threshold)
 
-    out = adata.copy() if copy else adata
+    out = writable(adata, copy)
     _write(out, key_added, method, {**parameters, "scale": found_scale}, notes, source, target, weight, columns, used)
     return out if copy else None
 

@@ -17,6 +17,7 @@ from .._checks import check_fraction, check_positive, listing
 from .._progress import progress
 from ..data import Screen, canonical, parse
 from ..errors import MissingKeyError, ScpertError
+from ..pp._write import writable
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -563,7 +564,7 @@ def genetic_interactions(
     numbers = table.columns.difference(["perturbation", "origin", "class"], sort=False)
     table[numbers] = table[numbers].astype({c: np.int64 if c.startswith("n_") else np.float64 for c in numbers})
     table.index = pd.Index([p if o == "measured" else f"{p} (predicted)" for o, p in jobs], dtype=str)
-    out = adata.copy() if copy else adata
+    out = writable(adata, copy)
     out.uns[key_added] = table
     return out if copy else None
 

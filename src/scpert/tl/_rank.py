@@ -184,6 +184,8 @@ def _direction(
 
 def _cells(screen: Screen, name: str, what: Any, groupby: str, perturbation_key: str) -> sparse.csr_matrix:
     if what is None:
+        if screen.scale == K.SCALE_EFFECTS and not screen.is_control.any():
+            return sparse.csr_matrix((1, screen.adata.n_vars))  # effects are relative to the control: it is zero
         return screen.rows(screen.is_control)
     if hasattr(what, "var_names"):
         missing = screen.genes.difference(what.var_names)
