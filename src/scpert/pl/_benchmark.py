@@ -87,6 +87,10 @@ def leaderboard(
     return _finish(_forest(part, metric, ax) if kind == "forest" else _critical(part, metric, ax), show, return_fig)
 
 
+#: Scores that a forest plot has room for; an arrow stands for one beyond, a clipped line for a limit.
+_SHOWN = (-2.0, 3.0)
+
+
 def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
     part = part[~part["model"].isin(_REFERENCES)]
     tasks = list(part["task"].unique())
@@ -96,9 +100,10 @@ def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
         rows = part[part["task"] == task].sort_values("rank", kind="stable")
         for row in rows.itertuples():
             if np.isfinite(row.score):
-                ax.plot(row.score, y, "o", color="C0", ms=5)
                 if np.isfinite(row.lower) and np.isfinite(row.upper):
-                    ax.plot([row.lower, row.upper], [y, y], "-", color="C0", lw=1.5)
+                    ax.plot(np.clip([row.lower, row.upper], *_SHOWN), [y, y], "-", color="C0", lw=1.5)
+                beyond = "<" if row.score < _SHOWN[0] else ">" if row.score > _SHOWN[1] else "o"
+                ax.plot(np.clip(row.score, *_SHOWN), y, beyond, color="C0", ms=5)
             else:
                 ax.text(0.02, y, "no score", va="center", fontsize=8, color="0.5")
             ticks.append(y)
