@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -10,7 +11,7 @@ from scipy import stats
 import scpert
 from scpert.errors import ScpertError
 from scpert.model import CPAVAE, CRADLEVAE, GPOVAE, SAMSVAE
-from scpert.model._factored import signed_evidence
+from scpert.model._factored import knowledge_share, signed_evidence
 from scpert.nn._layers import SplitLinear
 from scpert.nn._stats import (
     ExpectedLog1p,
@@ -254,3 +255,77 @@ def test_explain_and_iwelbo(small_screen):
     assert few < many < 0  # the bound tightens with the number of draws
     with pytest.raises(scpert.errors.UnknownTargetError):
         model.explain("NOSUCHGENE")
+
+
+def test_knowledge_is_followed_only_where_it_predicts_held_out_targets():
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((30, 50))
+    measured = 1.0 + own + 0.3 * rng.standard_normal(own.shape)
+    mean = np.ones_like(measured)
+    assert 0.4 < knowledge_share(2 * own, mean, measured) < 0.6  # twice too large: half is followed
+    assert knowledge_share(own, mean, measured) > 0.9
+    assert knowledge_share(-own, mean, measured) == 0
+    assert knowledge_share(np.zeros_like(own), mean, measured) == 0
+    noise = [knowledge_share(rng.standard_normal(own.shape), mean, measured) for _ in range(40)]
+    assert np.mean(np.asarray(noise) > 0) < 0.25 and np.max(noise) < 0.1
+
+
+def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
+    adata = scpert.datasets.simulated(n_cells=600, n_genes=40, n_targets=10, n_combinations=0, random_state=1)
+    held = sorted(set(adata.obs["perturbation"]) - {"control"})[:2]
+    adata.obs["split"] = np.where(adata.obs["perturbation"].isin(held), "test", "train")
+    GPOVAE.setup_anndata(adata, split_key="split")
+    go = scpert.data.Screen(adata).genes
+    model = GPOVAE(adata, n_latent=3, n_hidden=8, knowledge={"all": pd.DataFrame({"gene": go, "term": "one"})})
+    model.train(max_epochs=1)
+    with caplog.at_level("INFO", logger="scpert"):
+        out = model.predict_perturbation(held)
+    assert "no better than the mean" in caplog.text
+    mean = np.maximum(model.reference_.mean + model.effects_.mean, 0)
+    np.testing.assert_allclose(out.X, np.tile(mean, (2, 1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["k562", "rpe1", "adamson"])
+def test_published_hyperparameters_are_arguments(name, small_screen):
+    GPOVAE.setup_anndata(small_screen)
+    model = GPOVAE(small_screen, **GPOVAE.PUBLISHED[name])
+    wanted = GPOVAE.PUBLISHED[name]
+    m = model.module
+    assert m.published and m.n_particles == 5 and m.n_hops == 5 and m.mask_prior == 0.3
+    assert m.n_latent == wanted["n_latent"] and m.sparsity_weight == wanted["sparsity_weight"]
+    assert m.fold_change_threshold == {"k562": 0.8, "rpe1": 0.5, "adamson": 0.4}[name]
+    assert m.encoder_head.in_features == {"k562": 200, "rpe1": 200, "adamson": 400}[name]
+    assert m.decoder_head.in_features == 400
+
+
+def test_quality_ratio(small_screen):
+    """Thresholds by hand; wider is laxer; a decoder that halves the counts fails more often; held-out cells only."""
+    CRADLEVAE.setup_anndata(small_screen, split_key="split", quality_key="quality_fail")
+    model = CRADLEVAE(small_screen, n_latent=3, n_hidden=8)
+    model.train(max_epochs=2, batch_size=64)
+    options = {"criteria": ["counts_low", "genes_low"], "n_cells": 1000}
+    table = model.get_quality_ratio(n_mads=(1, 3, 5), **options)
+    assert list(table.columns) == ["real", "generated", "generated_failed"]
+    assert table.stack().between(0, 1).all() and (np.diff(table, axis=0) >= 0).all()
+    test = small_screen[(small_screen.obs["split"] == "test").to_numpy()]
+    trained = test.obs["perturbation"].isin([*model.effects_.labels, "control"]).to_numpy()
+    test = test[trained]
+    counts = np.asarray(test.X.toarray())
+    good = ~test.obs["quality_fail"].to_numpy()
+    passes = np.ones(len(counts), dtype=bool)
+    for x in (counts.sum(1), (counts > 0).sum(1)):
+        median = np.median(x[good])
+        passes &= x >= median - 3 * np.median(np.abs(x[good] - median))
+    assert table.loc[3, "real"] == pytest.approx(passes.mean())
+    model.module.decoder_head.bias.data[: small_screen.n_vars // 2] -= 20  # half of the genes are never drawn
+    assert model.get_quality_ratio(n_mads=(1, 3, 5), **options).loc[3, "generated"] < table.loc[3, "generated"]
+    with pytest.raises(ScpertError, match="not known"):
+        model.get_quality_ratio(split="tests")
+    with pytest.raises(ScpertError, match="not known"):
+        model.get_quality_ratio(criteria=["doublet"])
+    CRADLEVAE.setup_anndata(small_screen)
+    free = CRADLEVAE(small_screen, n_latent=3, n_hidden=8)
+    free.train(max_epochs=1)
+    with pytest.raises(ScpertError, match="no split_key"):
+        free.get_quality_ratio()
+    assert free.get_iwelbo(split="train", n_samples=2) < 0

@@ -1,9 +1,11 @@
 """GPO-VAE on real screens, random-cell splits: against the training-cell mean and the ceiling, on test cells only.
 
     SCPERT_TEST_DATA=DIR python docs/scripts/gpovae_real.py [--seeds 5] [--few] [--out FILE.csv]
+    SCPERT_TEST_DATA=DIR SCPERT_TEST_PRIORS=DIR python docs/scripts/gpovae_real.py --unseen [--seeds 3] [--screen Norman]
 
 Prints mean delta correlation and the paired difference to the training-cell mean with bootstrap limits over
-perturbations (averaged over seeds first).
+perturbations (averaged over seeds first). ``--unseen`` holds out whole targets instead, every single once in six folds,
+with all combinations that hold them, and compares with the perturbed mean.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from knowledge_gp_unseen import load
 import scpert
 from scpert import metrics
-from scpert.model import Additive, GPOVAE, PerturbedMean, SAMSVAE
+from scpert.model import KNN, Additive, GPOVAE, KnowledgeGP, LinearPCA, PerturbedMean, SAMSVAE
 
 SCREENS = {
     "Norman 2019 (CRISPRa, 500 genes)": ("norman2019_k562_crispra_perturbench.h5ad", "library_size"),
     "Schraivogel 2020 (TAP-seq, 72 genes)": ("schraivogel2020_k562_tapseq_crispat.h5ad", None),
 }
+EPOCHS_UNSEEN = 20
 NAMES = ("pearson_delta", "pearson_delta_centroid", "mse_delta")
 
 
@@ -38,15 +42,78 @@ def few_cells(adata: ad.AnnData, n: int, seed: int) -> None:
     adata._inplace_subset_obs(split != "unused")
 
 
+def unseen(adata: ad.AnnData, library: str | None, knowledge: dict, seed: int) -> list[dict]:
+    """Every single perturbation predicted once by models that have not seen its target, six folds."""
+    labels = adata.obs["perturbation"].astype(str)
+    singles = sorted(x for x in labels.unique() if x != "control" and "+" not in x)
+    rng = np.random.default_rng(seed)
+    options = {
+        "perturbed mean": (PerturbedMean, {}),
+        "LinearPCA": (LinearPCA, {}),
+        "KNN": (KNN, {"knowledge": knowledge}),
+        "KnowledgeGP": (KnowledgeGP, {"knowledge": knowledge}),
+        "GPOVAE": (GPOVAE, {"knowledge": knowledge, "random_state": seed}),
+    }
+    rows = []
+    for fold in np.array_split(rng.permutation(singles), 6):
+        held = labels.map(lambda x, fold=fold: bool(set(x.split("+")) & set(fold))).to_numpy()
+        split = np.where(held, "test", np.where(rng.random(adata.n_obs) < 0.1, "val", "train"))
+        adata.obs["split"] = split
+        controls = (labels == "control").to_numpy()
+        test = adata[(held & labels.isin(fold).to_numpy()) | controls].copy()
+        reference = metrics.Reference(test, train=adata[~held].copy(), library_size_key=library)
+        for name, (cls, settings) in options.items():
+            cls.setup_anndata(adata, split_key="split", library_size_key=library)
+            model = cls(adata, **settings)
+            model.train(**({"max_epochs": EPOCHS_UNSEEN, "random_state": seed} if cls is GPOVAE else {}))
+            predicted = model.predict_perturbation(list(fold), on_unknown="mean")
+            table = metrics.evaluate(predicted, reference, metrics=NAMES)
+            status = dict(zip(predicted.obs["perturbation"], predicted.obs["status"], strict=True))
+            rows += [
+                {"seed": seed, "model": name, "label": x, "status": status[x], **values}
+                for x, values in table.iterrows()
+            ]
+    return rows
+
+
+def report_unseen(title: str, table: pd.DataFrame) -> None:
+    """Means over perturbations (over seeds first) and paired differences to the perturbed mean."""
+    mean = table.groupby(["model", "label"])[list(NAMES)].mean()
+    base = mean.loc["perturbed mean"]
+    draws = np.random.default_rng(0).integers(len(base), size=(4000, len(base)))
+    known = table.loc[(table["model"] == "GPOVAE") & (table["status"] == "unseen"), "label"].nunique()
+    print(f"\n{title}: {len(base)} singles, {known} of them in the knowledge, {table['seed'].nunique()} seeds")
+    for name in table["model"].unique():
+        values = mean.loc[name].reindex(base.index)
+        parts = [f"{name:15s} r {values['pearson_delta'].mean():.3f}  mse {values['mse_delta'].mean():.5f}"]
+        for column in ("pearson_delta", "mse_delta"):
+            gain = (values[column] - base[column]).to_numpy()
+            gain = gain / (base[column].mean() if column == "mse_delta" else 1.0)
+            low, high = np.nanquantile(np.nanmean(gain[draws], axis=1), [0.025, 0.975])
+            parts.append(f"{column} - mean's {np.nanmean(gain):+.3f} [{low:+.3f}, {high:+.3f}]")
+        print("  " + "  ".join(parts), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--few", action="store_true", help="also with 10, 20 and 40 training cells per perturbation")
     parser.add_argument("--published", action="store_true", help="also the paper's equations")
+    parser.add_argument("--unseen", action="store_true", help="hold out whole targets; needs SCPERT_TEST_PRIORS")
     parser.add_argument("--screen", default="", help="part of a screen's name")
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
     scpert.settings.progress = False
+    if arguments.unseen:
+        knowledge = load("k562")[1]
+        for title, (file, library) in SCREENS.items():
+            if arguments.screen in title:
+                adata = ad.read_h5ad(Path(os.environ["SCPERT_TEST_DATA"]) / file)
+                found = [r for seed in range(arguments.seeds) for r in unseen(adata, library, knowledge, seed)]
+                report_unseen(title, pd.DataFrame(found))
+                if arguments.out:
+                    pd.DataFrame(found).to_csv(f"{arguments.out}.{title.split()[0]}.csv", index=False)
+        return
     rows = []
     for title, (file, library) in SCREENS.items():
         if arguments.screen not in title:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +14,13 @@ from anndata import AnnData
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_fraction, check_positive
+from .._checks import check_choice, check_fraction, check_positive, listing
 from .._progress import progress
 from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot, parse
+from ..data._screen import Screen
 from ..errors import ScpertError
 from ..module._factored import FactoredModule
 from ..nn._stats import ExpectedLog1p, nb_log_prob
@@ -31,6 +32,8 @@ __all__ = ["CPAVAE", "CRADLEVAE", "GPOVAE", "SAMSVAE"]
 logger = logging.getLogger("scpert")
 
 _PREDICT_CELLS = 256
+#: Training targets from which on it can be judged whether knowledge predicts better than the mean.
+_LEAST_TARGETS = 6
 
 
 def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -60,6 +63,59 @@ def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int 
         pi0 = float(np.clip(1 - p.mean(), 0.02, 0.9999))
         tau2 = float(np.clip((p * flat**2).sum() / max(p.sum(), 1e-9) - 1, 3.0, 1e4))
     return (np.sign(z) * posterior(z)).astype(np.float32), z
+
+
+def knowledge_share(deviation: np.ndarray, mean: np.ndarray, measured: np.ndarray) -> float:
+    r"""How far predictions of held-out training targets are followed beyond the mean, in [0, 1].
+
+    The slope of the measured on the predicted deviations from the mean; 0 unless following it brings the predictions
+    nearer, in correlation with the measured effects and in squared error, each by more than one standard error of the
+    paired gain over the targets. Each target is judged with the slope of the others.
+
+    Parameters
+    ----------
+    deviation
+        Predicted deviation from the mean ``(target, gene)``, without the target's own effect.
+    mean
+        Mean of the measured effects that the prediction was made from ``(target, gene)``.
+    measured
+        Measured effects ``(target, gene)``.
+    """
+    n = len(measured)
+    square, product = (deviation**2).sum(axis=1), (deviation * (measured - mean)).sum(axis=1)
+    slope = np.clip((product.sum() - product) / np.maximum(square.sum() - square, 1e-12), 0.0, 1.0)
+    followed = mean + slope[:, None] * deviation
+
+    def correlation(a: np.ndarray) -> np.ndarray:
+        a, b = a - a.mean(axis=1, keepdims=True), measured - measured.mean(axis=1, keepdims=True)
+        return (a * b).sum(axis=1) / np.maximum(np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1)), 1e-12)
+
+    nearer = ((mean - measured) ** 2).sum(axis=1) - ((followed - measured) ** 2).sum(axis=1)
+    for gain in (correlation(followed) - correlation(mean), nearer):
+        if not gain.mean() > gain.std(ddof=1) / np.sqrt(n):
+            return 0.0
+    return float(np.clip(product.sum() / max(square.sum(), 1e-12), 0.0, 1.0))
+
+
+def _rows_of(process: Any, targets: list[str]) -> np.ndarray:
+    return np.asarray(process.predict_perturbation(targets, on_unknown="mean")[targets].layers[K.DELTA])
+
+
+def _quality_values(screen: Screen, counts: sparse.csr_matrix, criteria: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """What the quality criteria look at, each ``(cell,)``."""
+    from ..pp._quality import GENE_SETS, _symbols
+
+    symbols = _symbols(screen.adata)
+    total = np.asarray(counts.sum(axis=1)).ravel().astype(np.float64)
+    counts.eliminate_zeros()
+    out = {"counts_low": total, "genes_low": np.diff(counts.indptr).astype(np.float64)}
+    for name, pattern in GENE_SETS.items():
+        member = np.array([bool(pattern.match(x)) for x in symbols])
+        if member.any():
+            out[f"{name}_high"] = 100 * np.asarray(counts[:, member].sum(axis=1)).ravel() / np.maximum(total, 1)
+    if criteria is None:
+        return out
+    return {c: out[check_choice("criteria", c, tuple(out))] for c in criteria}
 
 
 class _Factored(PerturbationModel):
@@ -109,6 +165,7 @@ class _Factored(PerturbationModel):
                 target_gene=self._target_gene,
                 n_latent=int(options["n_latent"]),
                 n_hidden=int(options["n_hidden"]),
+                n_hidden_basal=int(options.get("n_hidden_basal") or options["n_hidden"]),
                 n_covariates=tuple(len(c) for c in self.covariates_.values()),
                 open_panel=self.setup_args_["library_size_key"] is not None,
                 **settings,
@@ -336,20 +393,33 @@ class _Factored(PerturbationModel):
         """Counts drawn from the decoder, as log1p CP10k; rates are scaled so that the mean shift is ``delta``."""
         if any(t not in self._trained_targets for t in targets):  # no row of its own: shift the cells
             return super()._predict_cells(targets, delta, reference, rng, batch_size)
+        counts = self._draw_counts(targets, reference, rng, delta=delta)
+        return np.log1p(counts / reference.library[:, None] * K.TARGET_SUM).astype(np.float32)
+
+    def _draw_counts(
+        self,
+        targets: tuple[str, ...],
+        reference: Reference,
+        rng: np.random.Generator,
+        *,
+        delta: np.ndarray | None = None,
+        failed: bool = False,
+    ) -> np.ndarray:
+        """Counts ``(cell, gene)`` of the reference's cells under a perturbation; rates scaled to the shift ``delta``."""
         z, covariates = self._basal(reference)
         effect = self._effect([targets])[0]
-        expected = self._expected
         with torch.inference_mode():
-            start = expected(self.module.predict(z, torch.zeros_like(effect), covariates)).mean(0)
-            log_rho = self.module.predict(z, effect, covariates)
-            now = expected(log_rho).mean(0)
-        wanted = np.maximum(start.cpu().numpy() + delta, 0.0)
-        factor = expected.inverse(wanted) - expected.inverse(now.cpu().numpy())
-        rho = np.exp(np.minimum(log_rho.cpu().numpy() + np.clip(factor, -8, 8), 0.0))
+            log_rho = self.module.predict(z, effect, covariates, failed=failed)
+            rates = log_rho.cpu().numpy()
+            if delta is not None:
+                expected = self._expected
+                start = expected(self.module.predict(z, torch.zeros_like(effect), covariates)).mean(0)
+                wanted = np.maximum(start.cpu().numpy() + delta, 0.0)
+                factor = expected.inverse(wanted) - expected.inverse(expected(log_rho).mean(0).cpu().numpy())
+                rates = rates + np.clip(factor, -8, 8)
+        rho = np.exp(np.minimum(rates, 0.0))
         theta = torch.exp(self.module.log_theta).detach().cpu().numpy()
-        library = reference.library[:, None]
-        counts = rng.poisson(rng.gamma(theta, 1.0, rho.shape) * (library * rho / theta))
-        return np.log1p(counts / library * K.TARGET_SUM).astype(np.float32)
+        return rng.poisson(rng.gamma(theta, 1.0, rho.shape) * (reference.library[:, None] * rho / theta))
 
     # ------------------------------------------------------------------------------------------ read-outs
 
@@ -401,8 +471,6 @@ class _Factored(PerturbationModel):
         return out
 
     def _make_screen_any(self, adata: AnnData) -> Any:
-        from ..data._screen import Screen
-
         s = self.setup_args_
         return Screen(
             adata,
@@ -423,6 +491,142 @@ class _Factored(PerturbationModel):
             values = self.module.mean_rows(rows).cpu().numpy()
         columns = self.genes_ if self.module.gene_space else [f"dim_{i}" for i in range(values.shape[1])]
         return pd.DataFrame(values, index=pd.Index(self.targets_, name="target"), columns=columns)
+
+    # ------------------------------------------------------------------------------------------ the papers' metrics
+
+    def get_iwelbo(self, *, split: str = K.TEST, n_samples: int = 100, batch_size: int = 256) -> float:
+        r"""Importance-weighted bound on the log-likelihood per cell, on cells of one part of the split.
+
+        .. math:: \frac{1}{n} \sum_i \log \frac{1}{S} \sum_{s=1}^{S}
+            \frac{p(x_i \mid z_s, p_i)\, p(z_s)}{q(z_s \mid x_i, p_i)}
+
+        with the effects at their posterior mean: the bound of the cells given what was learned of the perturbations.
+
+        Parameters
+        ----------
+        split
+            ``"test"``, ``"val"`` or ``"train"``; without a ``split_key`` all cells are training cells.
+        n_samples
+            Draws :math:`S` per cell (the papers use 100).
+        batch_size
+            Cells at a time.
+        """
+        self._check_trained()
+        tensors = ScreenTensors(self._screen, self._field_state, self.setup_args_)
+        rows = self._rows_in(split)
+        m, device, total = self.module, self.device, 0.0
+        with self._seeded(0), torch.inference_mode():
+            for start in progress(range(0, len(rows), batch_size), description="IWELBO", unit="batch"):
+                batch = {k: v.to(device) for k, v in tensors.batch(rows[start : start + batch_size]).items()}
+                targets, member, which = m.distinct(batch["codes"])
+                effect = (member @ m.mean_rows(targets), which)
+                artefact = batch["quality"] * m.quality_loc if m.use_quality else None
+                covariates = m.one_hot(batch["covariates"])
+                loc, log_scale = m.encode(batch["x"], batch["library"], effect, artefact, covariates)
+                weights = []
+                for _ in range(n_samples):
+                    noise = torch.randn_like(loc)
+                    z = loc + torch.exp(log_scale) * noise
+                    log_mean = torch.log(batch["library"]) + m.decode(z, effect, artefact, covariates)
+                    log_p = nb_log_prob(batch["x"], log_mean, m.log_theta)
+                    weights.append(log_p + (0.5 * noise**2 - 0.5 * z**2 + log_scale).sum(1))
+                total += float((torch.logsumexp(torch.stack(weights), 0) - np.log(n_samples)).sum())
+        return total / len(rows)
+
+    def _rows_in(self, split: str) -> np.ndarray:
+        """Rows of one part of the split that are controls or of a trained perturbation."""
+        check_choice("split", split, (K.TRAIN, K.VAL, K.TEST))
+        key = self.setup_args_["split_key"]
+        labels = self._screen.labels
+        part = self._screen.adata.obs[key].astype(str).to_numpy() if key else np.full(len(labels), K.TRAIN)
+        rows = np.flatnonzero((part == split) & np.isin(labels, [*self.effects_.labels, self.control_]))
+        if len(rows) == 0:
+            raise ScpertError(
+                f"No cell of a trained perturbation is in split={split!r}; "
+                + (f"adata.obs[{key!r}] has {listing(np.unique(part))}." if key else "the model has no split_key=.")
+            )
+        return rows
+
+    def get_quality_ratio(
+        self,
+        *,
+        split: str = K.TEST,
+        n_mads: Sequence[float] = (3, 4, 5),
+        criteria: Sequence[str] | None = None,
+        n_cells: int = 100,
+        random_state: int = 0,
+    ) -> pd.DataFrame:
+        r"""Share of generated cells that pass the quality criteria: the QC ratio of CRADLE-VAE and GPO-VAE.
+
+        A cell passes at :math:`n` MADs if none of its total counts and number of genes lies below, and none of its per
+        cent mitochondrial, ribosomal and haemoglobin counts above, median :math:`\mp\, n` MAD (not scaled) of real
+        cells. These are held-out cells of good quality (all, without a ``quality_key``), ``n_cells`` a perturbation at
+        most. The criteria are those of :func:`scpert.pp.quality_flags` but for doublets, which one generated cell cannot
+        be. Generated cells have the library sizes of control cells of the training data, and totals of their own.
+
+        Parameters
+        ----------
+        split
+            Where the real cells are from: ``"test"``, ``"val"`` or ``"train"``.
+        n_mads
+            Widths.
+        criteria
+            Which of ``counts_low``, ``genes_low``, ``mito_high``, ``ribo_high``, ``hb_high``; by default all that the genes
+            allow and whose MAD is not zero. Leave out ``hb_high`` in erythroid cells.
+        n_cells
+            Cells of each perturbation, real ones for the thresholds at most, and generated ones.
+        random_state
+            Seed of both.
+
+        Returns
+        -------
+        DataFrame, a row for each width: ``real`` (share of all real cells of the split), ``generated`` (decoded with good
+        quality), ``generated_failed`` (decoded with failed quality; NaN without a ``quality_key``).
+
+        Raises
+        ------
+        ScpertError
+            If the split has no cell, or no criterion can be had.
+        """
+        self._check_trained()
+        check_positive("n_cells", n_cells)
+        widths = [check_positive("n_mads", width) for width in np.atleast_1d(np.asarray(n_mads, dtype=float))]
+        screen, rows = self._screen, self._rows_in(split)
+        rng = np.random.default_rng(random_state)
+        key = self.setup_args_["quality_key"]
+        good = rows if key is None else rows[~quality_failures(screen.adata, key)[rows]]
+        labels = screen.labels
+        some = [rng.permutation(good[labels[good] == x])[: int(n_cells)] for x in np.unique(labels[good])]
+        if not some:
+            raise ScpertError(f"No cell of split={split!r} passes {key!r}: there is nothing to set the thresholds by.")
+        real = _quality_values(screen, screen.rows(np.concatenate(some), normalised=False), criteria)
+        median = {c: np.median(v) for c, v in real.items()}
+        mad = {c: np.median(np.abs(v - median[c])) for c, v in real.items()}
+        used = [c for c in real if mad[c] > 0]
+        if not used:
+            raise ScpertError(
+                "No criterion can be had: the genes are not measured, or every MAD is zero. Name criteria=."
+            )
+
+        def passing(counts: Any) -> np.ndarray:
+            """``(width,)``."""
+            values = _quality_values(screen, sparse.csr_matrix(counts), used)
+            away = np.max(
+                [(median[c] - v if c.endswith("low") else v - median[c]) / mad[c] for c, v in values.items()], axis=0
+            )
+            return np.array([np.mean(away <= width) for width in widths])
+
+        wanted = [x for x in np.unique(labels[rows]) if x in self.effects_.row]
+        branches = [False, True] if self.module.use_quality else [False]
+        shares: dict[bool, list[np.ndarray]] = {failed: [] for failed in branches}
+        for label in progress(wanted, total=len(wanted), description="QC ratio", unit="perturbation"):
+            start = self.reference_.take(np.sort(rng.choice(len(self.reference_), int(n_cells))))
+            for failed in branches:
+                targets = self.effects_.targets[self.effects_.row[label]]
+                shares[failed].append(passing(self._draw_counts(targets, start, rng, failed=failed)))
+        table = {"real": passing(screen.rows(rows, normalised=False)), "generated": np.mean(shares[False], axis=0)}
+        table["generated_failed"] = np.mean(shares[True], axis=0) if True in shares else np.full(len(widths), np.nan)
+        return pd.DataFrame(table, index=pd.Index(widths, name="n_mads"))
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -611,6 +815,8 @@ class GPOVAE(_Factored):
         Counts, set up by :meth:`setup_anndata`; ``quality_key`` and ``matched_control_key`` are used if given.
     n_latent, n_hidden
         Sizes of the basal state and of the hidden layers.
+    n_hidden_basal
+        Size of the hidden layer of the encoder of the basal state; ``None``: ``n_hidden``.
     n_hops
         Intermediate regulators over which an effect is accumulated.
     mask_prior
@@ -629,8 +835,8 @@ class GPOVAE(_Factored):
     knowledge
         Prior knowledge about genes, as in :class:`KnowledgeGP`: name -> annotations, net or embedding. With it the model
         predicts targets that were never perturbed: their rows of mask x effect come from those of the training targets
-        by a Gaussian process whose kernels and noise are learned from the training targets by leave-one-out. Without it
-        such targets are refused.
+        by a Gaussian process, followed as far as it predicts held-out training targets better than the mean does.
+        Without it such targets are refused.
     shrinkage
         Combine the network's shift with the measured shift of training cells by empirical Bayes; default: unless
         ``published``.
@@ -654,6 +860,27 @@ class GPOVAE(_Factored):
     #: Weights of :meth:`get_grn` are changes under the perturbation; :func:`scpert.tl.infer_grn` turns them into signs
     #: of the regulator's activity.
     grn_sign = "perturbation"
+    #: The paper's hyperparameters for its three data sets: ``GPOVAE(adata, **GPOVAE.PUBLISHED["k562"])``.
+    PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+        name: {
+            "published": True,
+            "n_latent": n_latent,
+            "n_hidden": 400,
+            "n_hidden_basal": n_hidden_basal,
+            "n_hops": 5,
+            "mask_prior": 0.3,
+            "grn_weight": 100.0,
+            "sparsity_weight": sparsity_weight,
+            "counterfactual_weight": 0.1,
+            "fold_change_threshold": fold_change_threshold,
+            "n_particles": 5,
+        }
+        for name, n_latent, n_hidden_basal, sparsity_weight, fold_change_threshold in (
+            ("k562", 100, 200, 5.0, 0.8),
+            ("rpe1", 200, 200, 10.0, 0.5),
+            ("adamson", 100, 400, 1.0, 0.4),
+        )
+    }
 
     def __init__(
         self,
@@ -662,6 +889,7 @@ class GPOVAE(_Factored):
         *,
         n_latent: int = 100,
         n_hidden: int = 400,
+        n_hidden_basal: int | None = None,
         n_hops: int = 5,
         mask_prior: float = 0.3,
         grn_weight: float = 100.0,
@@ -751,39 +979,60 @@ class GPOVAE(_Factored):
         return target in self._graph_targets()
 
     def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
-        r"""Mean effect plus a share of what the network makes of the rows that knowledge predicts.
+        """Mean effect plus a share of what the network makes of the rows that knowledge predicts."""
+        centre, process, share = self._rows_from_knowledge
+        if share == 0:
+            return np.tile(self.effects_.mean, (len(targets), 1))
+        shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
+        return self.effects_.mean + share * (shift[1:] - shift[0])
 
-        Rows of mask x effect come from :class:`KnowledgeGP` on the rows of the training targets. Its leave-one-out rows,
-        decoded, are compared with the measured effects of the training targets; the share is the slope, in [0, 1], so
-        that knowledge which does not help leaves the mean.
+    def _decode_rows(self, rows: np.ndarray, reference: Reference) -> np.ndarray:
+        return self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)
+
+    @cached_property
+    def _rows_from_knowledge(self) -> tuple[np.ndarray, Any, float]:
+        """Mean row of mask x effect of the training targets, :class:`KnowledgeGP` on these rows, and its share.
+
+        The share comes from cross-fitting: the rows of a fifth of the training targets are predicted from the others,
+        kernels and all, decoded, and compared with the measured effects.
         """
+        singles = [t for t in self.targets_ if t in self.effects_.singles]
+        position = {t: i for i, t in enumerate(self.targets_)}
+        with torch.inference_mode():
+            index = torch.tensor([position[t] for t in singles], dtype=torch.long, device=self.device)
+            rows = self.module.mean_rows(index).cpu().numpy()
+        measured = self.effects_.delta[[self.effects_.singles[t] for t in singles]].astype(np.float64)
+        centre = rows.mean(axis=0)
+        n = len(singles)
+        if n < _LEAST_TARGETS:
+            logger.info("fewer than %d training targets: unseen targets have the mean effect", _LEAST_TARGETS)
+            return centre, None, 0.0
+        deviation, mean = np.zeros_like(measured), np.zeros_like(measured)
+        order = np.random.default_rng(0).permutation(n)
+        for fold in progress(np.array_split(order, 5), total=5, description="cross-fit knowledge", unit="fold"):
+            rest = np.setdiff1d(order, fold)
+            process = self._fit_rows([singles[i] for i in rest], rows[rest])
+            start = rows[rest].mean(axis=0)
+            decoded = self._decode_rows(
+                np.vstack([start, _rows_of(process, [singles[i] for i in fold])]), self.reference_
+            )
+            deviation[fold], mean[fold] = decoded[1:] - decoded[0], measured[rest].mean(axis=0)
+        share = knowledge_share(deviation, mean, measured)
+        if share == 0:
+            logger.info(
+                "knowledge predicts held-out training targets no better than the mean: unseen ones have the mean"
+            )
+        return centre, self._fit_rows(singles, rows) if share > 0 else None, share
+
+    def _fit_rows(self, singles: list[str], rows: np.ndarray) -> Any:
         from ._gp import KnowledgeGP
 
-        if "_row_process" not in self.__dict__:
-            singles = [t for t in self.targets_ if t in self.effects_.singles]
-            position = {t: i for i, t in enumerate(self.targets_)}
-            with torch.inference_mode():
-                index = torch.tensor([position[t] for t in singles], dtype=torch.long, device=self.device)
-                rows = self.module.mean_rows(index).cpu().numpy()
-            table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
-            table.var_names = self.genes_
-            KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
-            process = KnowledgeGP(table, knowledge=self._options["knowledge"])
-            process.train()
-            share, centre = 0.0, np.zeros(self.n_genes)
-            if len(process.loo_) >= 3:
-                loo = self._decode_effects(
-                    torch.from_numpy(process.loo_.astype(np.float32)).to(self.device), self.reference_
-                )
-                centre = loo.mean(axis=0)
-                measured = self.effects_.delta[[self.effects_.singles[t] for t in process.singles_]]
-                x, y = loo - centre, measured - measured.mean(axis=0)
-                share = float(np.clip((x * y).sum() / max((x**2).sum(), 1e-12), 0.0, 1.0))
-            self.__dict__["_row_process"] = (process, share, centre)
-        process, share, centre = self.__dict__["_row_process"]
-        rows = np.asarray(process.predict_perturbation(targets, on_unknown="mean")[targets].layers[K.DELTA])
-        shift = self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)
-        return self.effects_.mean + share * (shift - centre)
+        table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
+        table.var_names = self.genes_
+        KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
+        process = KnowledgeGP(table, knowledge=self._options["knowledge"])
+        process.train()
+        return process
 
     # ------------------------------------------------------------------------------------------ explanation and fit
 
@@ -833,55 +1082,13 @@ class GPOVAE(_Factored):
         out = out[out[K.WEIGHT] != 0]
         return out.iloc[np.argsort(-out[K.WEIGHT].abs().to_numpy(), kind="stable")[:n_edges]].reset_index(drop=True)
 
-    def get_iwelbo(self, *, split: str = K.TEST, n_samples: int = 100, batch_size: int = 256) -> float:
-        r"""Importance-weighted bound on the log-likelihood per cell, on cells of one part of the split.
-
-        .. math:: \frac{1}{n} \sum_i \log \frac{1}{S} \sum_{s=1}^{S}
-            \frac{p(x_i \mid z_s, p_i)\, p(z_s)}{q(z_s \mid x_i, p_i)}
-
-        with the effects at their posterior mean: the bound of the cells given what was learned of the perturbations.
-
-        Parameters
-        ----------
-        split
-            ``"test"``, ``"val"`` or ``"train"``; without a ``split_key`` all cells are training cells.
-        n_samples
-            Draws :math:`S` per cell (the papers use 100).
-        batch_size
-            Cells at a time.
-        """
-        self._check_trained()
-        tensors = ScreenTensors(self._screen, self._field_state, self.setup_args_)
-        part = np.full(tensors.n_cells, K.TRAIN, dtype=object) if tensors.split is None else tensors.split
-        rows = np.flatnonzero((part == split) & np.isin(tensors.labels, [*self.effects_.labels, self.control_]))
-        if len(rows) == 0:
-            raise ScpertError(f"No cell of a trained perturbation is in split={split!r}.")
-        m, device, total = self.module, self.device, 0.0
-        with self._seeded(0), torch.inference_mode():
-            for start in progress(range(0, len(rows), batch_size), description="IWELBO", unit="batch"):
-                batch = {k: v.to(device) for k, v in tensors.batch(rows[start : start + batch_size]).items()}
-                targets, member, which = m.distinct(batch["codes"])
-                effect = (member @ m.mean_rows(targets), which)
-                artefact = batch["quality"] * m.quality_loc if m.use_quality else None
-                covariates = m.one_hot(batch["covariates"])
-                loc, log_scale = m.encode(batch["x"], batch["library"], effect, artefact, covariates)
-                weights = []
-                for _ in range(n_samples):
-                    noise = torch.randn_like(loc)
-                    z = loc + torch.exp(log_scale) * noise
-                    log_mean = torch.log(batch["library"]) + m.decode(z, effect, artefact, covariates)
-                    log_p = nb_log_prob(batch["x"], log_mean, m.log_theta)
-                    weights.append(log_p + (0.5 * noise**2 - 0.5 * z**2 + log_scale).sum(1))
-                total += float((torch.logsumexp(torch.stack(weights), 0) - np.log(n_samples)).sum())
-        return total / len(rows)
-
     def train(self, max_epochs: int | None = None, **kwargs: Any) -> None:
         """Train; see :meth:`PerturbationModel.train`. ``published=True`` draws matched controls as partners."""
         if self.module.published and self.setup_args_["matched_control_key"] is None:
             logger.info("no matched_control_key: controls of the same covariates are drawn at random as partners")
         if self._screen.adata.n_obs < 2:
             raise ScpertError("Training needs more than one cell.")
-        self.__dict__.pop("_row_process", None)
+        self.__dict__.pop("_rows_from_knowledge", None)
         super().train(max_epochs, **kwargs)
 
 

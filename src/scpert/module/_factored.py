@@ -71,6 +71,7 @@ class FactoredModule(BaseModuleClass):
         published: bool,
         n_latent: int,
         n_hidden: int,
+        n_hidden_basal: int,
         n_layers: int,
         mask_prior: float,
         effect_scale: float,
@@ -112,8 +113,8 @@ class FactoredModule(BaseModuleClass):
             self.quality_log_scale = nn.Parameter(torch.full((n_latent,), -2.0))
 
         # per cell
-        self.encoder = MLP([n_genes, width, n_latent if use_quality else 0, n_cov], n_hidden, 1)
-        self.encoder_head = nn.Linear(n_hidden, 2 * n_latent)
+        self.encoder = MLP([n_genes, width, n_latent if use_quality else 0, n_cov], n_hidden_basal, 1)
+        self.encoder_head = nn.Linear(n_hidden_basal, 2 * n_latent)
         parts = [n_latent, width, n_latent if use_quality else 0] if concatenate else [n_latent, 0, 0]
         self.decoder = MLP([*parts, n_cov], n_hidden, n_layers)
         self.decoder_head = nn.Linear(n_hidden, n_genes)
@@ -378,8 +379,13 @@ class FactoredModule(BaseModuleClass):
         return self.encode(x, library, (none, index), artefact, cov)[0], cov
 
     @torch.inference_mode()
-    def predict(self, z: Tensor, effect: Tensor, covariates: Tensor | None) -> Tensor:
-        """Log rates ``(cell, gene)`` of good-quality cells with basal state ``z`` under one effect ``(width,)``."""
+    def predict(self, z: Tensor, effect: Tensor, covariates: Tensor | None, *, failed: bool = False) -> Tensor:
+        """Log rates ``(cell, gene)`` of cells with basal state ``z`` under one effect ``(width,)``.
+
+        Of good quality, or with the effect of ``failed`` quality.
+        """
         index = torch.zeros(len(z), dtype=torch.long, device=z.device)
         artefact = torch.zeros(len(z), self.n_latent, device=z.device) if self.use_quality else None
+        if artefact is not None and failed:
+            artefact = artefact + self.quality_loc
         return self.decode(z, (effect[None], index), artefact, covariates)

@@ -203,15 +203,17 @@ def perturbation_effects(
 
 
 def welch(shift: np.ndarray, error: np.ndarray, freedom: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-    """z-scores and two-sided p-values of shifts; NaN where a gene is constant at different values."""
+    """z-scores and two-sided p-values (float64) of shifts; NaN where a gene is constant at different values."""
     from scipy import special
 
     with np.errstate(divide="ignore", invalid="ignore"):
         zscore = shift / error
     constant = error == 0
     zscore[constant] = np.where(shift[constant] == 0, 0.0, np.nan)
-    pvals = -np.abs(zscore)
-    pvals = special.ndtr(pvals) if np.isscalar(freedom) else special.stdtr(freedom, pvals)
+    pvals = np.empty(zscore.shape)
+    for row, z in enumerate(zscore):  # a row at a time: float64, whatever the shifts are, without a second array
+        below = -np.abs(z, dtype=np.float64)
+        pvals[row] = special.ndtr(below) if np.isscalar(freedom) else special.stdtr(freedom[row], below)
     pvals *= 2.0
     pvals[constant & (shift == 0)] = 1.0
     return zscore, pvals
@@ -239,7 +241,8 @@ def effects_of_cells(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Shift, standard error, degrees of freedom ``(perturbation, gene)``, cells, and the mean of the controls.
 
-    ``cautious``: the variance of the perturbed cells counts at least as much as that of their controls.
+    ``cautious`` (networks): the variance of the perturbed cells counts at least as much as that of their controls, and the
+    results are float32.
     """
     strata, names = strata_of(screen.adata, covariate_keys)
     labels = [screen.control, *perturbations]
@@ -264,7 +267,7 @@ def effects_of_cells(
         return present, [group[label * len(names) + int(s)] for s in present]
 
     n_genes = len(screen.genes)
-    shift = np.empty((len(perturbations), n_genes))
+    shift = np.empty((len(perturbations), n_genes), dtype=np.float32 if cautious else np.float64)
     error, freedom = np.empty_like(shift), np.empty_like(shift)
     control_row = np.full(len(names), -1)
     present, index = rows(0)

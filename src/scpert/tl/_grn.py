@@ -246,6 +246,7 @@ def infer_grn(
         scores = _run(method, problem)
         notes = scores.notes
         source, target, weight, columns = _edges(problem, scores, n_edges, threshold)
+        del scores, problem  # dense (regulator, gene) arrays
 
     out = writable(adata, copy)
     _write(out, key_added, method, {**parameters, "scale": found_scale}, notes, source, target, weight, columns, used)
@@ -602,7 +603,13 @@ def _write(
 
 def cell_hashes(names: pd.Index) -> np.ndarray:
     """Sorted 64-bit hashes of cell names."""
-    return np.sort(pd.util.hash_array(names.to_numpy(dtype=object).astype(object)))
+    parts = [
+        pd.util.hash_array(names[start : start + 8192].to_numpy(dtype=object), categorize=False)
+        for start in range(0, len(names), 8192)
+    ]
+    out = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    out.sort()
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- error rate

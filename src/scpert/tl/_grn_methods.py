@@ -66,11 +66,13 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
             screen, with_controls, problem.covariate_keys or None, cautious=True
         )
         rows = pd.Index(with_controls).get_indexer(pd.Index(problem.regulators))
-        shift, error, freedom = shift[rows], error[rows], freedom[rows]
+        if len(rows) < len(shift) or (np.diff(rows) < 0).any():
+            shift, error, freedom = shift[rows], error[rows], freedom[rows]
         offset = np.zeros(len(shift))
         if composition:
             offset, sensitivity = composition_offset(screen, shift, error)
-            shift = shift - offset[:, None] * sensitivity[None, :]
+            for row, log_factor in enumerate(offset):  # in place: these are the largest arrays
+                shift[row] -= log_factor * sensitivity
         zscore, pvals = welch(shift, error, freedom)
         return Evidence(
             shift,
@@ -179,12 +181,13 @@ def interventional(problem: Problem) -> Scores:
         found = rank_effects(problem, found)
     position = problem.position
     own = np.flatnonzero(position >= 0)
-    tested = found.pvals.copy()
-    tested[own, position[own]] = np.nan
-    adjusted = weighted_bh(tested, problem.prior)
+    found.pvals[own, position[own]] = np.nan  # a target's own change is not tested
+    adjusted = weighted_bh(found.pvals, problem.prior)
+    weight = np.nan_to_num(found.zscore, copy=False)
+    weight *= found.sign[:, None].astype(weight.dtype)
     return Scores(
-        found.sign[:, None] * np.nan_to_num(found.zscore),
-        np.nan_to_num(adjusted, nan=1.0) <= problem.fdr,
+        weight,
+        adjusted <= problem.fdr,
         {"effect": found.shift, K.STD_ERROR: found.error, K.PVALS: found.pvals, K.PVALS_ADJ: adjusted},
         {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
     )
