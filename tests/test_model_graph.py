@@ -104,6 +104,24 @@ def test_every_cell_of_a_batch_feels_the_graph(screen, nets):
     assert module.inference(x)["base"].shape == (5, screen.n_vars)
 
 
+def test_few_perturbations_meet_many_cells_and_every_cell_is_visited_once(screen):
+    from scpert.data._loader import PerturbationLoader, ScreenTensors
+
+    GEARS.setup_anndata(screen)
+    model = GEARS(screen, **SMALL)
+    tensors = ScreenTensors(model._screen, model._field_state, model.setup_args_)
+    rows = np.arange(screen.n_obs)
+    loader = PerturbationLoader(tensors, rows, rows, partners=("control",), batch_size=64, group_labels=2)
+    plain = PerturbationLoader(tensors, rows, rows, partners=("control",), batch_size=64)
+    epochs = []
+    for batches in (list(loader), list(loader), list(plain)):
+        seen = np.concatenate([b["index"].numpy() for b in batches])
+        np.testing.assert_array_equal(np.sort(seen), rows)
+        epochs.append((seen, np.mean([len(b["label"].unique()) for b in batches])))
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+    assert epochs[0][1] < 0.4 * epochs[2][1]
+
+
 def test_data_stream_learns_and_ablations(screen, nets):
     model, _ = _trained(BioDSNN, screen, nets, epochs=15)
     reconstruction = model.history["reconstruction_train"].iloc[:, 0].to_numpy(dtype=float)

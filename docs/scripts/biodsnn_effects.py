@@ -30,7 +30,7 @@ SETS = {
     "yeast": [["go net"], ["go"]],
     "k562": [["go net"], ["go"], ["go net", "string"], ["go", "string", "reactome"]],
 }
-EPOCHS = {"GEARS": {"yeast": 5, "k562": 3}, "BioDSNN": {"yeast": 3, "k562": 2}}
+EPOCHS = {"GEARS": {"yeast": 5, "k562": 5}, "BioDSNN": {"yeast": 3, "k562": 3}}
 
 
 def load(name: str, n_genes: int | None) -> AnnData:
