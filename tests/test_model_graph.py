@@ -104,6 +104,24 @@ def test_every_cell_of_a_batch_feels_the_graph(screen, nets):
     assert module.inference(x)["base"].shape == (5, screen.n_vars)
 
 
+def test_few_perturbations_meet_many_cells_and_every_cell_is_visited_once(screen):
+    from scpert.data._loader import PerturbationLoader, ScreenTensors
+
+    GEARS.setup_anndata(screen)
+    model = GEARS(screen, **SMALL)
+    tensors = ScreenTensors(model._screen, model._field_state, model.setup_args_)
+    rows = np.arange(screen.n_obs)
+    loader = PerturbationLoader(tensors, rows, rows, partners=("control",), batch_size=64, group_labels=2)
+    plain = PerturbationLoader(tensors, rows, rows, partners=("control",), batch_size=64)
+    epochs = []
+    for batches in (list(loader), list(loader), list(plain)):
+        seen = np.concatenate([b["index"].numpy() for b in batches])
+        np.testing.assert_array_equal(np.sort(seen), rows)
+        epochs.append((seen, np.mean([len(b["label"].unique()) for b in batches])))
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+    assert epochs[0][1] < 0.4 * epochs[2][1]
+
+
 def test_data_stream_learns_and_ablations(screen, nets):
     model, _ = _trained(BioDSNN, screen, nets, epochs=15)
     reconstruction = model.history["reconstruction_train"].iloc[:, 0].to_numpy(dtype=float)
@@ -184,6 +202,67 @@ def test_effects_and_recovery_where_the_graph_carries_them():
         assert np.mean((out.X - truth) ** 2) < 0.3 * np.mean((mean - truth) ** 2)
         inside = (truth >= out.layers["lower"]) & (truth <= out.layers["upper"])
         assert 0.8 < inside.mean() < 0.98
+
+
+def test_pathways_join_targets():
+    """What no graph of targets holds, pairs of targets in the pathway net do; GEARS has no such net."""
+    rng = np.random.default_rng(0)
+    block = np.repeat(np.arange(10), 5)
+    X = rng.normal(size=(10, 20))[block] + 0.2 * rng.normal(size=(50, 20))
+    names = np.array([f"T{i:02d}" for i in range(50)])
+    adata = scpert_effects(X, list(names))
+    i, j = np.nonzero((block[:, None] == block[None, :]) & ~np.eye(50, dtype=bool))
+    pathway = pd.DataFrame({"source": [*names[i], "G0"], "target": [*names[j], "G1"], "weight": 1.0})
+    other = pd.DataFrame({"source": names, "target": rng.permutation(names), "weight": 1.0})
+    error = {}
+    for cls, extra in ((GEARS, {}), (BioDSNN, {"pathway_net": pathway})):
+        cls.setup_anndata(adata, scale="effects", split_key="split")
+        model = cls(adata, perturbation_net=other, **extra, **_options(cls))
+        model.train(max_epochs=1, accelerator="cpu")
+        error[cls] = np.mean((model.predict_perturbation(list(names[::5])).X - X[::5]) ** 2)
+    assert error[BioDSNN] < 0.4 * error[GEARS]
+    mask = model._mask(model._options["gene_net"], pathway, True)
+    assert mask[0, 1] == mask[1, 0] == 1
+
+
+def test_annotations_in_the_place_of_a_net(screen, tmp_path):
+    targets = sorted({t for x in screen.obs["perturbation"].astype(str) if x != "control" for t in x.split("+")})
+    gene = [*targets, *targets, "NEW1", "NEW1"]
+    term = [*(f"a{i % 4}" for i in range(len(targets))), *(f"b{i % 3}" for i in range(len(targets))), "a0", "b0"]
+    go = pd.DataFrame({"gene": gene, "term": term, "evidence": "IDA"})
+    GEARS.setup_anndata(screen)
+    model = GEARS(screen, perturbation_net={"go": go}, **SMALL)
+    assert list(model._relations) == ["go", "go, terms"]
+    terms = model._relations["go, terms"]
+    kernel = (terms @ terms.T).toarray()
+    a, b, new = (model._node[t] for t in (targets[0], targets[12], "NEW1"))  # 0 and 12 share both terms
+    np.testing.assert_allclose([kernel[a, b], kernel[a, new]], 1.0)
+    model.train(max_epochs=1, accelerator="cpu")
+    out = model.predict_perturbation(["NEW1", f"NEW1+{targets[1]}"])
+    assert list(out.obs["status"]) == ["unseen", "unseen"]
+    model.save(tmp_path / "m")
+    np.testing.assert_array_equal(GEARS.load(tmp_path / "m").predict_perturbation(list(out.obs_names)).X, out.X)
+    net = GEARS(screen, perturbation_net={"go": scpert.pp.similarity_net(go)}, **SMALL)
+    assert (net._target_adjacencies["go"] != model._target_adjacencies["go"]).nnz == 0
+
+
+def test_untidy_nets_are_cleaned(screen, nets):
+    """Self loops, duplicates, genes that are not there and isolated genes change nothing."""
+    tidy = nets[0].groupby(["source", "target"], as_index=False)["weight"].mean()
+    loops = pd.DataFrame({"source": tidy["source"].unique(), "target": tidy["source"].unique(), "weight": 3.0})
+    untidy = pd.concat([tidy, tidy, loops]).sample(frac=1.0, random_state=0).assign(note="x")
+    genes = list(screen.var_names[:4])
+    one = pd.DataFrame({"source": [genes[0]], "target": [genes[1]], "weight": [0.5]})
+    strange = pd.concat([one, pd.DataFrame({"source": ["ZZZ"], "target": [genes[0]], "weight": [1.0]})])
+    out = []
+    for net, gene_net in ((tidy, one), (untidy, strange)):  # all other genes are isolated in the graph of genes
+        BioDSNN.setup_anndata(screen)
+        model = BioDSNN(screen, perturbation_net=net, gene_net=gene_net, **WIDE)
+        model.train(max_epochs=1, accelerator="cpu")
+        out.append(model.predict_perturbation(["NEW1", "NEW2"]))
+    np.testing.assert_array_equal(out[0].X, out[1].X)
+    with pytest.raises(ScpertError, match="names a target twice"):
+        model.predict_perturbation("NEW1+NEW1")
 
 
 def scpert_effects(X, names):

@@ -23,6 +23,7 @@ from ..module._graph_models import CellStream, GraphModule, KnowledgeStream
 from ..module._graph_prior import GraphPrior
 from ..nn._graph import net_matrix, normalised_adjacency
 from ._base import PerturbationModel, Prediction, Reference
+from ._knowledge import GeneFeatures, read_knowledge
 
 __all__ = ["GEARS", "BioDSNN"]
 
@@ -63,8 +64,12 @@ class _GraphModel(PerturbationModel):
         published: bool,
     ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame] | None, pd.DataFrame | None]:
         """Check the nets and make what depends on them; returns them as they are to be remembered."""
+        from ..pp import similarity_net
+
         check_choice("anchor", anchor, ("graph", "none"))
         self._anchored = anchor == "graph" and not published
+        if published:
+            self._batch_size = 32
         self._plan_defaults = {**self._plan_defaults, "lr": 1e-3, "weight_decay": 5e-4}
         self._trainer_defaults = (
             {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"} if published else {"gradient_clip_val": 10.0}
@@ -74,6 +79,7 @@ class _GraphModel(PerturbationModel):
             gene_net = self._coexpression()
         else:
             gene_net = check_net(gene_net, "gene_net", known=self.genes_)
+        terms: dict[str, GeneFeatures] = {}
         if perturbation_net is None:
             self._uncovered = "fallback"
             nets = {"coexpression": gene_net}
@@ -81,7 +87,15 @@ class _GraphModel(PerturbationModel):
             given = perturbation_net if isinstance(perturbation_net, Mapping) else {"graph": perturbation_net}
             if not given:
                 raise ScpertError("perturbation_net is an empty dict: give at least one net, or None.")
-            nets = {str(name): check_net(net, f"perturbation_net[{name!r}]") for name, net in given.items()}
+            nets, perturbation_net = {}, {}
+            for name, table in ((str(k), v) for k, v in given.items()):
+                if isinstance(table, pd.DataFrame) and {"gene", "term"} <= set(table.columns):
+                    table = table[["gene", "term"]].dropna().drop_duplicates()
+                    terms[name] = read_knowledge({name: table})[name]
+                    nets[name] = check_net(similarity_net(table), f"perturbation_net[{name!r}]")
+                    perturbation_net[name] = table
+                else:
+                    nets[name] = perturbation_net[name] = check_net(table, f"perturbation_net[{name!r}]")
             edgeless = [name for name, net in nets.items() if len(net) == 0]
             if edgeless:
                 raise ScpertError(f"perturbation_net {listing(edgeless)} has no edge between two genes.")
@@ -92,19 +106,25 @@ class _GraphModel(PerturbationModel):
                     f"{listing(self.targets_, 4)}; it has genes such as {listing(sorted(known), 4)}. Bring both to the "
                     "same kind of gene names."
                 )
-            perturbation_net = nets
-        if pathway_net is not None:
-            pathway_net = check_net(pathway_net, "pathway_net", known=self.genes_)
-            if len(pathway_net) == 0:
-                raise ScpertError(
-                    "pathway_net has no pair of two different genes of the data: the mask would be empty."
-                )
         self._nets = nets
         self._in_graph = frozenset(g for net in nets.values() for g in (*net[K.SOURCE], *net[K.TARGET]))
         self._nodes: list[str] = sorted(self._in_graph | set(self.targets_))
         self._node = {t: i for i, t in enumerate(self._nodes)}
+        if pathway_net is not None:
+            pathway_net = check_net(pathway_net, "pathway_net", known={*self.genes_, *self._nodes})
+            if net_matrix(pathway_net, self.genes_).nnz == 0:
+                raise ScpertError(
+                    "pathway_net has no pair of two different genes of the data: the mask would be empty."
+                )
         self._gene_adjacency = normalised_adjacency(net_matrix(gene_net, self.genes_))
         self._target_adjacencies = {n: normalised_adjacency(net_matrix(net, self._nodes)) for n, net in nets.items()}
+        # what the linear graph model joins targets by: the graphs, their annotations, and pathways
+        self._relations: dict[str, sparse.csr_matrix] = dict(self._target_adjacencies)
+        self._relations.update({f"{name}, terms": f.rows(self._nodes) for name, f in terms.items()})
+        if pathway_net is not None:
+            shared = net_matrix(pathway_net, self._nodes)
+            if shared.nnz:
+                self._relations["pathway_net"] = normalised_adjacency(shared.maximum(shared.T))
         self._trust = {K.UNSEEN: 0.0, K.COMBINATION: 0.0}
         self._base_shift = np.zeros(self.n_genes, dtype=np.float32)
         self._calibration: dict[str, Any] = {}
@@ -139,7 +159,7 @@ class _GraphModel(PerturbationModel):
         shared = (net_matrix(pathway_net, self.genes_) != 0).astype(np.int8)
         shared = shared.maximum(shared.T)
         outside = np.asarray(shared.sum(axis=1)).ravel() == 0
-        keep = sparse.diags(outside.astype(np.int8)) @ correlated
+        keep = sparse.diags(outside.astype(np.int8), dtype=np.int8) @ correlated
         return (shared + keep + keep.T).astype(bool).astype(np.int8).tocsr()
 
     def _network(self) -> GraphModule:
@@ -205,7 +225,7 @@ class _GraphModel(PerturbationModel):
         fitted = self._without_own(e.delta)
         square = np.nan_to_num(e.std_error) ** 2
         noise = square.mean(axis=1)
-        self._prior = GraphPrior(self._target_adjacencies).fit(
+        self._prior = GraphPrior(self._relations).fit(
             self._sets(e.targets), fitted, noise, random_state, gene_noise=square.mean(axis=0), temper=self._tempered
         )
         # which perturbations judge the network
@@ -245,6 +265,7 @@ class _GraphModel(PerturbationModel):
             missing = self._without_own(e.delta)[rows] - self._prior.loo[rows]
             seen = np.array([len(e.targets[i]) > 1 and all(t in e.singles for t in e.targets[i]) for i in rows])
             for kind, of in ((K.UNSEEN, ~seen), (K.COMBINATION, seen)):
+                of = of if of.sum() >= _FEWEST_JUDGES else np.ones_like(of)  # too few of a kind: all judge
                 self._trust[kind] = _trust(missing[of], correction[of])
         self._calibrate()
 
@@ -487,7 +508,7 @@ class _GraphModel(PerturbationModel):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         super()._set_state(state)
-        self._prior = GraphPrior(self._target_adjacencies).restore(state["prior"])
+        self._prior = GraphPrior(self._relations).restore(state["prior"])
         self._trust, self._base_shift, self._calibration = state["trust"], state["base_shift"], state["calibration"]
         self._own, self._own_rule, self._judges = state["own"], tuple(state["own_rule"]), state["judges"]
 
@@ -529,7 +550,9 @@ class GEARS(_GraphModel):
         Net of measured genes; ``None``: :func:`scpert.pp.coexpression_net` of the training cells.
     perturbation_net
         Net of targets (:func:`scpert.pp.similarity_net` of Gene Ontology), or a dict of nets; ``None``: the gene net,
-        which knows measured genes only.
+        which knows measured genes only. A table of annotations (``gene``, ``term``) may stand in the place of a net:
+        its similarity net is the graph, and the linear graph model also sees the terms themselves, weighted by their
+        information content.
     n_hidden
         Width of all tables.
     autofocus
@@ -541,7 +564,8 @@ class GEARS(_GraphModel):
     gene_weight
         Weights of genes in the loss ``(gene,)``; scaled to the mean 1.
     published
-        The article's settings: no anchor, learning rate halved every epoch, 20 epochs, gradients clipped by value.
+        The article's settings: no anchor, learning rate halved every epoch, 20 epochs, batches of 32 cells, gradients
+        clipped by value.
 
     Examples
     --------
@@ -616,7 +640,9 @@ class BioDSNN(_GraphModel):
         As in :class:`GEARS`.
     pathway_net
         Pairs of genes that may attend to each other (:func:`scpert.pp.pathway_mask`); a measured gene that it does not
-        hold takes its neighbours in ``gene_net``. ``None``: ``gene_net`` for all.
+        hold takes its neighbours in ``gene_net``. ``None``: ``gene_net`` for all. Pairs of targets in it are one more
+        graph of the linear graph model: make the mask of measured genes and targets together, from the lowest pathways
+        (``level=1``).
     n_hidden, n_heads, n_feedforward
         Widths of the encoder; heads divide ``n_hidden``.
     n_latent

@@ -33,7 +33,8 @@ class GraphPrior:
     Parameters
     ----------
     adjacencies
-        Normalised adjacency of each graph, by name, ``(target, target)``.
+        What joins targets, by name: the normalised adjacency of a graph, ``(target, target)``, or any other features,
+        ``(target, feature)``; zero rows for targets of which nothing is known.
     """
 
     def __init__(self, adjacencies: Mapping[str, sparse.spmatrix]):
