@@ -94,6 +94,22 @@ def test_numbers_are_those_of_evaluate(screen, tmp_path):
     np.testing.assert_allclose(got.loc[labels], want.loc[labels, "mse"], rtol=1e-6)
 
 
+def test_no_change_is_no_change_for_targets_outside_the_panel(screen, tmp_path):
+    """Held-out targets that are no genes of the panel: a stand-in of the mean effect would be another baseline."""
+    targets = set(screen.obs["perturbation"])
+    panel = screen[:, [g not in targets for g in screen.var_names]].copy()
+    results = benchmark.run([_task(panel)], ["NoChange", "PerturbedMean"], seeds=[3], out=tmp_path)
+    scpert.pp.split(panel, kind="perturbations", fractions=(0.5, 0.25, 0.25), random_state=3)
+    truth = scpert.metrics.pseudobulk(panel[(panel.obs["split"] == "test").to_numpy()].copy())
+    train = panel[panel.obs["split"].isin(["train", "val"]).to_numpy()].copy()
+    X = np.log1p(1e4 * train.X.toarray() / train.X.toarray().sum(axis=1, keepdims=True))
+    base = X[((train.obs["perturbation"] == "control") & (train.obs["split"] == "train")).to_numpy()].mean(axis=0)
+    value = results[results["metric"] == "mse"].pivot(index="perturbation", columns="model", values="value")
+    np.testing.assert_allclose(value["NoChange"].loc[truth.obs_names], ((truth.X - base) ** 2).mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(value["PerturbedMean"], value["training_mean"], rtol=1e-4)
+    assert not np.allclose(value["NoChange"], value["training_mean"], rtol=1e-2)
+
+
 _KILLED = """
 import sys
 import scpert

@@ -16,6 +16,9 @@ __all__ = ["Additive", "NoChange", "PerturbedMean"]
 class NoChange(ClosedFormModel):
     """Predicts that a perturbation does nothing: the shift is zero.
 
+    This holds of any target. A target that the data do not hold is refused like everywhere (a typo should not pass); with
+    ``on_unknown="mean"`` or ``"nearest"`` it is flagged as ``fallback`` and the shift is zero, not the mean effect.
+
     Parameters
     ----------
     adata
