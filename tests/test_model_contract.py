@@ -243,6 +243,39 @@ def test_setting_up_a_copy_leaves_the_original_usable(small_screen):
     assert cls(part).adata is part
 
 
+def test_quality_column(small_screen):
+    small_screen.obs["q"] = "good"
+    with pytest.raises(ScpertError, match="must be True"):
+        scpert.model.CRADLEVAE.setup_anndata(small_screen, quality_key="q")
+    for dtype in ("category", "boolean", "int64"):
+        small_screen.obs["q"] = pd.Series(np.arange(small_screen.n_obs) % 2 == 0, small_screen.obs_names).astype(dtype)
+        scpert.model.CRADLEVAE.setup_anndata(small_screen, quality_key="q")
+
+
+def test_arguments_of_training(small_screen):
+    cls = scpert.model.ConditionalVAE
+    cls.setup_anndata(small_screen, covariate_keys="batch")  # one column, as a string
+    model = cls(small_screen, n_hidden=8, n_latent=4)
+    assert list(model.covariates_) == ["batch"]
+    for wrong, match in (
+        ({"max_epochs": 1.5}, "max_epochs=1.5: give a whole number"),
+        ({"max_epochs": 0}, "max_epochs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"train_size": 2.0}, "train_size=2.0"),
+        ({"train_size": 0.8, "validation_size": 0.3}, "together they may not exceed 1"),
+    ):
+        with pytest.raises(ScpertError, match=match):
+            model.train(**wrong)
+    model.train(max_epochs=2, train_size=0.7, validation_size=0.2)
+    sizes = [len(x) for x in (model.train_indices, model.validation_indices, model.test_indices)]
+    assert sizes == [168, 48, 24]
+    assert all(table.dtypes.iloc[0] == np.float64 for table in model.history.values())  # can be plotted
+    with pytest.raises(LabelError, match="pass control cells as adata="):
+        model.predict_perturbation(small_screen)
+    with pytest.raises(ScpertError, match="must be an AnnData"):
+        model.predict_perturbation(adata=small_screen.X)
+
+
 def test_files_of_a_newer_format_and_damaged_ones_are_refused(trained, tmp_path):
     model, *_ = trained("GPOVAE")
     model.save(tmp_path / "m")

@@ -22,6 +22,7 @@ __all__ = [
     "check_obs_key",
     "check_positive",
     "check_unique_names",
+    "check_whole",
     "listing",
     "suggest",
 ]
@@ -57,6 +58,13 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> float:
     if not np.isscalar(value) or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ScpertError(f"{name}={value!r}: give a number {'>= 0' if zero else '> 0'}.")
     return value
+
+
+def check_whole(name: str, value: float) -> int:
+    """Return ``value`` as an integer if it is a whole number above zero."""
+    if int(check_positive(name, value)) != value or isinstance(value, bool):
+        raise ScpertError(f"{name}={value!r}: give a whole number above 0.")
+    return int(value)
 
 
 def check_fraction(name: str, value: float) -> float:

@@ -40,8 +40,8 @@ def quality_failures(adata: Any, key: str | None) -> np.ndarray:
     """Boolean ``(cell,)``: True where the cell failed quality control."""
     if key is None:
         return np.zeros(adata.n_obs, dtype=bool)
-    values = check_obs_key(adata, key, "quality_key")
-    if values.isna().any() or not set(pd.unique(values.astype(float))) <= {0.0, 1.0}:
+    values = pd.to_numeric(check_obs_key(adata, key, "quality_key").astype(object), errors="coerce")
+    if not values.isin([0, 1]).all():
         raise ScpertError(f"adata.obs[{key!r}] must be True (failed) or False in every cell (scpert.pp.quality_flags).")
     return values.astype(bool).to_numpy()
 

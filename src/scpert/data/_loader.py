@@ -215,6 +215,7 @@ class PerturbationSplitter(lightning.LightningDataModule):
         partners: tuple[str, ...] = (),
         batch_size: int = 256,
         train_size: float | None = None,
+        validation_size: float | None = None,
         random_state: int = 0,
         group_labels: int | None = None,
         need_validation: bool = False,
@@ -226,11 +227,14 @@ class PerturbationSplitter(lightning.LightningDataModule):
             self.val_idx = rows[tensors.split == K.VAL]
             self.test_idx = rows[tensors.split == K.TEST]
         else:
-            share = 1.0 if train_size is None and not need_validation else (0.9 if train_size is None else train_size)
+            if train_size is None:
+                train_size = 1.0 - (validation_size or 0.0) if validation_size or not need_validation else 0.9
+            if validation_size is None:
+                validation_size = 1.0 - train_size
             order = np.random.default_rng(random_state).permutation(rows)
-            cut = max(1, round(share * len(rows)))
-            self.train_idx, self.val_idx = np.sort(order[:cut]), np.sort(order[cut:])
-            self.test_idx = np.array([], dtype=int)
+            cut = max(1, round(train_size * len(rows)))
+            end = round((train_size + validation_size) * len(rows))
+            self.train_idx, self.val_idx, self.test_idx = map(np.sort, (order[:cut], order[cut:end], order[end:]))
         self.n_train, self.n_val = len(self.train_idx), len(self.val_idx)
         options: dict[str, Any] = {
             "partners": partners,

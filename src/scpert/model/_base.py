@@ -24,7 +24,15 @@ from scvi.model.base import BaseModelClass
 from scvi.train import TrainingPlan, TrainRunner
 
 from .. import _keys as K
-from .._checks import check_choice, check_positive, check_unique_names, listing, suggest
+from .._checks import (
+    check_choice,
+    check_fraction,
+    check_positive,
+    check_unique_names,
+    check_whole,
+    listing,
+    suggest,
+)
 from .._progress import progress
 from .._settings import settings
 from ..data._effects import Effects
@@ -173,7 +181,7 @@ class BaseModel(BaseModelClass):
     @property
     def history(self) -> dict[str, pd.DataFrame]:
         """Training history: one data frame a metric, a row an epoch."""
-        return self.history_ or {}
+        return {key: table.astype(float) for key, table in (self.history_ or {}).items()}
 
     def _check_trained(self) -> None:
         if not self.is_trained_:
@@ -436,7 +444,7 @@ class PerturbationModel(BaseModel):
         matched_control_key: str | None = None,
         quality_key: str | None = None,
         library_size_key: str | None = None,
-        covariate_keys: Sequence[str] | None = None,
+        covariate_keys: str | Sequence[str] | None = None,
     ) -> None:
         """Tell the model where labels and values are; the same arguments for every model.
 
@@ -464,7 +472,7 @@ class PerturbationModel(BaseModel):
         library_size_key
             Column with the full library size, for small panels.
         covariate_keys
-            Categorical columns.
+            Categorical column or columns.
 
         Raises
         ------
@@ -472,7 +480,8 @@ class PerturbationModel(BaseModel):
             If a column is missing, labels are not in the standard form, or values are on another scale.
         """
         arguments = {k: v for k, v in locals().items() if k not in ("cls", "adata")}
-        arguments["covariate_keys"] = list(covariate_keys) if covariate_keys is not None else None
+        if covariate_keys is not None:
+            arguments["covariate_keys"] = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys)
         unused = [
             k
             for k in ("matched_control_key", "quality_key", "covariate_keys")
@@ -624,6 +633,8 @@ class PerturbationModel(BaseModel):
 
     def _align(self, adata: AnnData) -> AnnData:
         """The same cells with the model's genes in the model's order; missing genes raise."""
+        if not hasattr(adata, "var_names"):
+            raise ScpertError(f"adata must be an AnnData of cells; got {type(adata).__name__}.")
         check_unique_names(adata)
         if list(adata.var_names) == self.genes_:
             return adata
@@ -682,6 +693,7 @@ class PerturbationModel(BaseModel):
         batch_size: int | None = None,
         early_stopping: bool | None = None,
         train_size: float | None = None,
+        validation_size: float | None = None,
         plan_kwargs: dict | None = None,
         random_state: int = 0,
         **trainer_kwargs: Any,
@@ -698,8 +710,9 @@ class PerturbationModel(BaseModel):
             Cells per batch.
         early_stopping
             Stop when the validation loss no longer falls; by default whenever there are validation cells.
-        train_size
-            Share of cells to train on if no ``split_key`` was given; the rest validates. Default: all cells.
+        train_size, validation_size
+            Shares of cells to train and validate on if no ``split_key`` was given. Default: all cells train, or 90 % and
+            10 % for ``early_stopping=True``; of one share the rest is the other.
         plan_kwargs
             Options of scvi-tools' :class:`~scvi.train.TrainingPlan` (``lr``, ``weight_decay`` ...).
         random_state
@@ -711,6 +724,17 @@ class PerturbationModel(BaseModel):
         -----
         Ctrl-C stops training and keeps the best state so far.
         """
+        if max_epochs is not None:
+            check_whole("max_epochs", max_epochs)
+        if batch_size is not None:
+            check_whole("batch_size", batch_size)
+        check_fraction("train_size", 1.0 if train_size is None else train_size)
+        check_fraction("validation_size", 0.0 if validation_size is None else validation_size)
+        if train_size == 0 or (train_size or 0.0) + (validation_size or 0.0) > 1 + 1e-9 or validation_size == 1:
+            raise ScpertError(
+                f"train_size={train_size!r} and validation_size={validation_size!r} are shares of the cells: the first "
+                "must be above 0, and together they may not exceed 1."
+            )
         self._learn_reference(random_state)
         with self._seeded(random_state):
             self._before_training(random_state)
@@ -720,6 +744,7 @@ class PerturbationModel(BaseModel):
             partners=self._partners,
             batch_size=self._batch_size if batch_size is None else batch_size,
             train_size=train_size,
+            validation_size=validation_size,
             random_state=random_state,
             group_labels=self._group_labels,
             need_validation=bool(early_stopping),
@@ -972,6 +997,8 @@ class PerturbationModel(BaseModel):
             if left_out := len(self.labels_) - len(labels):
                 logger.info("%d labels that %s cannot predict are left out", left_out, type(self).__name__)
         else:
+            if hasattr(perturbations, "obs_names"):
+                raise LabelError("perturbations= takes labels such as 'GENE' or 'A+B'; pass control cells as adata=.")
             asked = [perturbations] if isinstance(perturbations, str) else [str(p) for p in perturbations]
             labels = list(dict.fromkeys(canonical(p, self.control_) for p in asked))
         if not labels:
