@@ -21,8 +21,8 @@ from ..errors import MissingKeyError, ScaleError, ScpertError, SplitError
 from ..module._cell_state import CellStateModule
 from ._base import BaseModel
 from ._cell_state_data import EXPRESSION, ExpressionField, ExpressionReader, expression_scale, open_backed, row_blocks
-from ._cell_state_experiments import Experiments
-from ._cell_state_fit import closed_form_start, fit, group_folds, principal_axes
+from ._cell_state_fit import closed_form_start, fit, group_folds, pca_imputed, principal_axes
+from ._cell_state_regulators import Regulators
 from ._cell_state_stats import auroc, imputation_scores
 
 __all__ = ["CellState"]
@@ -37,7 +37,7 @@ WIDE = 4096
 START_ROWS = 4000
 
 
-class CellState(Experiments, BaseModel):
+class CellState(Regulators, BaseModel):
     r"""Deep denoising autoencoder of bulk or single-cell expression, with virtual gene manipulation.
 
     It learns which expression goes with which: **conditional association, not causation**. A manipulation says what
@@ -67,6 +67,8 @@ class CellState(Experiments, BaseModel):
         Recompute activations in the backward pass: less memory, a third more time.
     n_genes
         Number of genes of the sizes in :attr:`PUBLISHED`; the data decide, a difference is logged.
+    adapter_rank, n_source
+        Set by :meth:`fine_tune`: width of the adapter; samples that the source model was fitted to.
     random_state
         Seed of the weights.
 
@@ -102,6 +104,7 @@ class CellState(Experiments, BaseModel):
         checkpointing: bool = False,
         n_genes: int | None = None,
         adapter_rank: int | None = None,
+        n_source: int = 0,
         random_state: int = 0,
         registry: dict | None = None,
     ):
@@ -129,7 +132,7 @@ class CellState(Experiments, BaseModel):
         if n_latent is None:
             n_latent = int(max(1, min(64, n_train // 4, len(self.genes_) // 2)))
         check_positive("n_latent", n_latent)
-        if n_latent >= n_train:
+        if n_latent >= n_train + n_source:
             raise ScpertError(
                 f"n_latent={n_latent} but there are {n_train} training samples: a bottleneck as wide as the data memorises "
                 f"them. Choose n_latent below {n_train}, or leave it out."
@@ -695,13 +698,7 @@ class CellState(Experiments, BaseModel):
                 name = "pca" if k == self.n_latent else f"pca_{k}"
                 V = axes[:, :k]
                 full[name] = ((Y - centre) @ V @ V.T + centre).numpy()
-                out = np.empty(tuple(Y.shape), dtype=np.float32)
-                for i in range(len(rows)):
-                    o = observed[i]
-                    W = V[o]
-                    score = torch.linalg.lstsq(W.T @ W + 1e-6 * torch.eye(k), W.T @ (Y[i] - centre[0])[o]).solution
-                    out[i] = (V @ score + centre[0]).numpy()
-                imputed[name] = out
+                imputed[name] = pca_imputed(V, centre[0], Y, observed).numpy()
         full["gene_mean"] = np.broadcast_to(centre.numpy(), tuple(Y.shape))
         imputed["gene_mean"] = full["gene_mean"]
         full["neighbours"] = self._best_neighbours(Z, Y, None, n_neighbors)

@@ -16,12 +16,15 @@ from .._progress import progress
 from ..errors import ScpertError
 from ..module._cell_state import CellStateModule
 
-__all__ = ["closed_form_start", "fit", "group_folds", "make_optimizer", "principal_axes"]
+__all__ = ["closed_form_start", "fit", "group_folds", "make_optimizer", "pca_imputed", "principal_axes"]
 
 logger = logging.getLogger("scpert")
 
 #: Ridge strengths of the closed-form output layer that cross-fitting chooses from (relative to the mean kernel diagonal).
 RIDGE = (0.03, 0.1, 0.3, 1.0, 3.0, np.inf)
+
+#: Shares of the source model's covariance in the axes of a model that is carried over.
+SHARES = (0.0, 0.05, 0.2, 0.5, 0.8, 1.0)
 
 
 def group_folds(groups: np.ndarray, n_folds: int, rng: np.random.Generator) -> np.ndarray:
@@ -51,13 +54,28 @@ def principal_axes(Y: Tensor, k: int) -> Tensor:
     return vector.flip(1)[:, :k].float()
 
 
+def pca_imputed(V: Tensor, centre: Tensor, Y: Tensor, observed: Tensor) -> Tensor:
+    """Rows of ``Y`` from the axes ``V``, the scores by least squares on each row's observed genes."""
+    out = torch.empty_like(Y)
+    ridge = 1e-6 * torch.eye(V.shape[1])
+    for i, o in enumerate(observed):
+        W = V[o]
+        out[i] = V @ torch.linalg.lstsq(W.T @ W + ridge, W.T @ (Y[i] - centre)[o]).solution + centre
+    return out
+
+
 def _ridge_parts(H: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value, vector = torch.linalg.eigh((H @ H.T).double())
     return value.clamp_min(0).float(), vector.float(), vector.float().T @ R
 
 
 def closed_form_start(
-    module: CellStateModule, Y: Tensor, groups: np.ndarray, rng: np.random.Generator, mask: tuple[float, float]
+    module: CellStateModule,
+    Y: Tensor,
+    groups: np.ndarray,
+    rng: np.random.Generator,
+    mask: tuple[float, float],
+    prior: Tensor | None = None,
 ) -> dict[str, float]:
     r"""Start the linear path at the principal axes and the output layer at a ridge regression.
 
@@ -65,37 +83,57 @@ def closed_form_start(
     (still random) decoder then predict what the axes leave over, :math:`R = Y - YVV^\top`:
     :math:`W = H^\top (HH^\top + \lambda I)^{-1} R`. :math:`\lambda` is the one with the least error at masked genes of
     groups left out (3 folds within the training rows); infinite is among the choices.
+
+    ``prior`` ``(row, gene)`` are pseudo-samples of another model, :math:`P^\top P` its covariance of the genes. The axes
+    are then those of :math:`(1 - \alpha) Y^\top Y / n + \alpha P^\top P`, and :math:`\alpha` is chosen along with
+    :math:`\lambda`; 0 (no transfer) and 1 (the other model's axes) are among the choices.
     """
     n, k = Y.shape[0], module.n_latent
+    shares = (0.0,) if prior is None else SHARES
     module.eval()
-    folds = group_folds(groups, 3, rng)
-    errors = np.zeros(len(RIDGE))
+
+    def axes(rows: Tensor, share: float) -> Tensor:
+        stack = rows
+        if prior is not None:
+            parts = [rows * ((1 - share) / len(rows)) ** 0.5] * (share < 1) + [prior * share**0.5] * (share > 0)
+            stack = torch.cat(parts)
+        V = principal_axes(stack, min(k, len(stack)))
+        return torch.nn.functional.pad(V, (0, k - V.shape[1]))
+
+    def spread(z: Tensor) -> float:
+        return float(z.norm(dim=1).square().mean().sqrt().clamp_min(1e-6))
+
+    few = n < (12 if prior is None else 4)
+    folds = np.zeros(n, dtype=int) if few else group_folds(groups, 3, rng)
+    errors = np.zeros((len(shares), len(RIDGE)))
     with torch.no_grad():
         hide = torch.from_numpy(rng.random(Y.shape, dtype=np.float32) < float(np.mean(mask)))
-        for f in np.unique(folds) if len(np.unique(folds)) > 1 and n >= 12 else ():
+        for f in np.unique(folds) if folds.any() else ():
             tr, te = torch.from_numpy(folds != f), torch.from_numpy(folds == f)
-            V = principal_axes(Y[tr], min(k, int(tr.sum())))
-            V = torch.nn.functional.pad(V, (0, k - V.shape[1]))
-            z = Y[tr] @ V
-            module.z_scale.fill_(float(z.norm(dim=1).square().mean().sqrt()))
             observed = (~hide[te]).float()
-            z_test = module.masked(Y[te], observed) @ V
-            H, H_test = module.features(z), module.features(z_test)
-            centre = H.mean(0)
-            H, H_test = H - centre, H_test - centre
-            value, vector, target = _ridge_parts(H, Y[tr] - z @ V.T)
-            kernel = H_test @ H.T @ vector
-            base = (Y[te] - z_test @ V.T) * hide[te]
-            for i, strength in enumerate(RIDGE):
-                if np.isinf(strength):
-                    errors[i] += float(base.square().sum())
-                else:
-                    weight = kernel / (value + strength * float(value.mean()) * 10)
-                    errors[i] += float((base - (weight @ target) * hide[te]).square().sum())
-        best = int(np.argmin(errors)) if errors.any() else len(RIDGE) - 1
-        V = principal_axes(Y, k)
+            for a, share in enumerate(shares):
+                V = axes(Y[tr], share)
+                z = Y[tr] @ V
+                module.z_scale.fill_(spread(z))
+                z_test = module.masked(Y[te], observed) @ V
+                H, H_test = module.features(z), module.features(z_test)
+                centre = H.mean(0)
+                H, H_test = H - centre, H_test - centre
+                value, vector, target = _ridge_parts(H, Y[tr] - z @ V.T)
+                kernel = H_test @ H.T @ vector
+                base = (Y[te] - z_test @ V.T) * hide[te]
+                for i, strength in enumerate(RIDGE):
+                    if np.isinf(strength):
+                        errors[a, i] += float(base.square().sum())
+                    else:
+                        weight = kernel / (value + strength * float(value.mean()) * 10)
+                        errors[a, i] += float((base - (weight @ target) * hide[te]).square().sum())
+        chosen, best = len(shares) // 2, len(RIDGE) - 1
+        if errors.any():
+            chosen, best = (int(x) for x in np.unravel_index(np.argmin(errors), errors.shape))
+        V = axes(Y, shares[chosen])
         z = Y @ V
-        module.z_scale.fill_(float(z.norm(dim=1).square().mean().sqrt()))
+        module.z_scale.fill_(spread(z))
         module.A.copy_(V)
         module.B.copy_(V.T)
         module.output.weight.zero_()
@@ -109,7 +147,7 @@ def closed_form_start(
             W = H.T @ dual
             module.output.weight.copy_(W.T)
             module.output.bias.copy_(-(centre @ W))
-    return {"ridge": float(RIDGE[best])}
+    return {"ridge": float(RIDGE[best]), "share": float(shares[chosen])}
 
 
 def make_optimizer(name: str, module: CellStateModule, lr: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from .. import _keys as K
 from .._checks import check_choice, check_obs_key, check_positive, check_unique_names, listing
 from .._progress import progress
 from ..errors import LabelError, MissingKeyError, ScpertError
-from ._cell_state_fit import group_folds, principal_axes
+from ._cell_state_fit import closed_form_start, fit, group_folds, pca_imputed, principal_axes
 
 __all__ = ["Transfer"]
 
@@ -52,12 +52,12 @@ class Transfer:
             decoder learns them by ridge regression from the latent state, the encoder starts blind to them), those that
             the data lack are dropped and the encoder's input rescaled. Both are counted in ``report_`` and logged.
         task
-            ``"reconstruction"``: adapt the autoencoder; ``"classification"``: predict ``groupby`` from the latent state;
+            ``"reconstruction"``: adapt the autoencoder (below); ``"classification"``: predict ``groupby`` from the latent state;
             ``"perturbation"``: the latent shift of each perturbation in ``groupby`` against ``control``.
         groupby
             Column of the classes or perturbations.
         freeze
-            ``"encoder"``: its weights stay; ``"none"``: all weights move.
+            ``"encoder"``: the weights of the encoder's network stay; ``"none"``: all weights move.
         adapter_rank
             Add a low-rank path from the genes to the latent state; with ``freeze="encoder"`` it alone moves in the encoder.
         group_key
@@ -65,7 +65,7 @@ class Transfer:
         control
             Label of the control samples (``task="perturbation"``).
         max_epochs, lr
-            Of the gradient steps.
+            Of the gradient steps. After the closed form of a reconstruction there are none by default below 100 samples.
         n_folds
             Folds of the report; each fits on the rest only.
         compare
@@ -83,6 +83,13 @@ class Transfer:
         ------
         LabelError
             If a class is missing in some samples, has a single sample, or there is one class only.
+
+        Notes
+        -----
+        For ``task="reconstruction"`` the centre and scale of each gene are estimated anew, shrunken towards the source's,
+        and the axes of the linear path are those of a mixture of the new samples' covariance and the source's. Its share,
+        from 0 to 1, is the one with the least error at masked genes of groups left out within the new samples: with few
+        samples the source carries the model, with many it fades. There may be fewer samples than latent dimensions.
         """
         from ._cell_state import CellState
 
@@ -132,10 +139,9 @@ class Transfer:
         layer = self._layer if self._layer in [None, *adata.layers] else None
         CellState.setup_anndata(own, layer=layer, scale=self.scale_, group_key=group_key)
         options = {**self._options, "n_latent": self.n_latent, "adapter_rank": adapter_rank, "n_genes": None}
-        if self.n_latent >= own.n_obs:
-            raise ScpertError(
-                f"{own.n_obs} samples are fewer than the bottleneck of {self.n_latent}. Fine-tuning needs more samples than that."
-            )
+        options["n_source"] = len(self.train_names_) + int(self._options.get("n_source") or 0)
+        if own.n_obs < 4:
+            raise ScpertError(f"{own.n_obs} samples are too few: fine-tuning needs four at least.")
         tuned = CellState(own, **options)
         rows = np.arange(own.n_obs)
         reader = tuned._reader()
@@ -258,9 +264,13 @@ class Transfer:
 def _tune_reconstruction(
     old: Any, tuned: Any, own: AnnData, groups: np.ndarray, settings: dict[str, Any], n_folds: int
 ) -> pd.DataFrame:
-    """Gradient steps on the denoising loss; scores on held-out folds by the error at masked genes."""
+    """Carry over in closed form, then gradient steps; scores on held-out folds by the error at masked genes."""
     from ._cell_state import CellState
 
+    if old.module.head == "nb":
+        raise ScpertError(
+            "fine_tune(task='reconstruction') of a negative binomial head is not possible: use head='gaussian'."
+        )
     reader = tuned._reader()
     n = own.n_obs
     rng = np.random.default_rng(settings["random_state"])
@@ -270,37 +280,29 @@ def _tune_reconstruction(
         hidden = rng.random((n, own.n_vars)) < 0.25
         for f in np.unique(folds):
             train, test = np.flatnonzero(folds != f), np.flatnonzero(folds == f)
-            if len(train) <= old.n_latent:
-                logger.warning("folds have fewer samples than the bottleneck: no report")
+            if len(train) < 4:
+                logger.warning("folds have fewer than four samples: no report")
                 break
-            candidate = CellState(own, **{**tuned._options, "n_latent": old.n_latent})
+            log, mask = reader.rows(test), hidden[test]
+            observed = torch.from_numpy(~mask)
+            centre = reader.rows(train).mean(axis=0)
+            base = float((((log - centre) ** 2)[mask]).sum())
+
+            def impute(model: Any, test: np.ndarray = test, observed: Tensor = observed) -> np.ndarray:
+                with torch.no_grad():
+                    guess = model.module(model._values(reader, test), observed.float()).numpy()
+                return guess * model._scale + model._mean
+
+            def score(guess: np.ndarray, log: np.ndarray = log, mask: np.ndarray = mask, base: float = base) -> float:
+                return 1.0 - float((((guess - log) ** 2)[mask]).sum()) / base
+
+            candidate = CellState(own, **tuned._options)
             old._transplant(candidate, reader, train)
-            Y = candidate._values(reader, test)
-            truth, mask = Y.numpy(), hidden[test]
-            observed = torch.from_numpy(~mask).float()
-            # the unit of all methods is that of the carried-over model; the base is the mean of the training fold
-            Z = candidate._values(reader, train)
-            centre = Z.mean(dim=0)
-            base = float((((truth - centre.numpy()) ** 2)[mask]).sum())
-
-            def score(guess: Tensor, truth: np.ndarray = truth, mask: np.ndarray = mask, base: float = base) -> float:
-                return 1.0 - float((((guess.numpy() - truth) ** 2)[mask]).sum()) / base
-
-            with torch.no_grad():
-                scores["before"].append(score(candidate.module(Y, observed)))
-            _steps(candidate, Z, settings)
-            with torch.no_grad():
-                scores["fine_tuned"].append(score(candidate.module(Y, observed)))
-                V = principal_axes(Z - centre, old.n_latent)
-                x = candidate.module.masked(Y - centre, observed)
-                scores["pca"].append(score(x @ V @ V.T + centre))
-            options = {
-                **tuned._options,
-                "n_latent": old.n_latent,
-                "adapter_rank": None,
-                "random_state": settings["random_state"],
-            }
-            scratch = CellState(own, **options)
+            scores["before"].append(score(impute(candidate)))
+            _carry_over(old, candidate, reader, train, groups, settings)
+            scores["fine_tuned"].append(score(impute(candidate)))
+            k = min(old.n_latent, len(train) - 1)
+            scratch = CellState(own, **{**tuned._options, "n_latent": k, "adapter_rank": None})
             with scratch._seeded(settings["random_state"]):
                 scratch._fit_rows(
                     train,
@@ -320,11 +322,12 @@ def _tune_reconstruction(
                     precision="32",
                     seed=settings["random_state"],
                 )
-            with torch.no_grad():
-                guess = scratch.module(scratch._values(reader, test), observed)
-                level = guess * scratch.module.scale + scratch.module.mean
-                scores["from_scratch"].append(score((level - candidate.module.mean) / candidate.module.scale))
-    _steps(tuned, tuned._values(reader, np.arange(n)), settings)
+            scores["from_scratch"].append(score(impute(scratch)))
+            Z, Y = scratch._values(reader, train), scratch._values(reader, test)
+            guess = pca_imputed(principal_axes(Z - Z.mean(0), k), Z.mean(0), Y, observed)
+            scores["pca"].append(score(guess.numpy() * scratch._scale + scratch._mean))
+    chosen = _carry_over(old, tuned, reader, np.arange(n), groups, settings)
+    tuned.extra_ = {"closed_form": chosen}
     report = pd.DataFrame(
         {
             m: {"r2_imputed": float(np.mean(v)) if v else np.nan, "r2_imputed_sd": float(np.std(v)) if v else np.nan}
@@ -335,10 +338,51 @@ def _tune_reconstruction(
     return report
 
 
+def _carry_over(
+    old: Any, model: Any, reader: Any, rows: np.ndarray, groups: np.ndarray, settings: dict[str, Any]
+) -> dict[str, float]:
+    r"""Bring a transplanted model to new samples.
+
+    The centre of each gene becomes :math:`(n \bar x_g + \kappa \mu_g) / (n + \kappa)` with the source's :math:`\mu_g` and
+    :math:`\kappa` the ratio of the variance within the new samples to that between the two centres over all shared genes
+    (empirical Bayes); variances are pooled as if the source's came from five samples. Then :func:`closed_form_start` with
+    the source's covariance as the prior, and gradient steps where they are asked for or there are 100 samples.
+    """
+    n, prior = len(rows), None
+    with torch.no_grad():
+        carried = old.reference_["cov"]
+        root = torch.from_numpy(np.linalg.cholesky(carried).T).float()
+        if model.module.linear:
+            prior = root @ model.module.B * model.module.scale  # log units
+        model._standardise(reader, rows)
+        place = np.array([old._position.get(g, -1) for g in model.genes_])
+        here, there = np.flatnonzero(place >= 0), place[place >= 0]
+        mean, sd = model._mean.astype(np.float64), model.range_[2].astype(np.float64)
+        source_mean, source_sd = old._mean[there].astype(np.float64), old.range_[2][there].astype(np.float64)
+        within = sd[here] ** 2 * n / max(n - 1, 1)
+        between = float(((mean[here] - source_mean) ** 2 - within / n).sum())
+        kappa = min(float(within.sum()) / max(between, 1e-12), 1e3)
+        mean[here] = (n * mean[here] + kappa * source_mean) / (n + kappa)
+        sd[here] = np.sqrt((n * within + 5.0 * source_sd**2) / (n + 5.0))
+        typical = float(np.sqrt(np.mean(sd**2)))
+        model.module.mean.copy_(torch.from_numpy(mean))
+        model.module.scale.copy_(torch.from_numpy(np.sqrt(sd**2 + (model.noise_floor * typical) ** 2)))
+    Y = model._values(reader, rows)
+    chosen = {}
+    if prior is not None:
+        rng = np.random.default_rng(settings["random_state"])
+        chosen = closed_form_start(model.module, Y, groups[rows], rng, model.mask, prior / model.module.scale)
+        logger.info(
+            "share of the source in the axes %.2f, ridge of the output layer %g", chosen["share"], chosen["ridge"]
+        )
+    epochs = settings["max_epochs"] or (10 if prior is None or n >= 100 else 0)
+    if epochs and n >= 8:
+        _steps(model, Y, {**settings, "max_epochs": epochs})
+    return chosen
+
+
 def _steps(model: Any, Y: Tensor, settings: dict[str, Any]) -> None:
     """Gradient steps on the denoising loss with a part frozen; a tenth of the samples says when to stop."""
-    from ._cell_state_fit import fit
-
     module = model.module
     for name, p in module.named_parameters():
         p.requires_grad_(settings["freeze"] == "none" or not (name == "A" or name.startswith("encoder.")))
@@ -346,10 +390,6 @@ def _steps(model: Any, Y: Tensor, settings: dict[str, Any]) -> None:
     order = rng.permutation(len(Y))
     n_val = max(2, len(Y) // 10)
     val, train = Y[order[:n_val]], Y[order[n_val:]]
-    if module.head == "nb":
-        raise ScpertError(
-            "fine_tune(task='reconstruction') of a negative binomial head is not possible: use head='gaussian'."
-        )
 
     def batches(rng: np.random.Generator) -> Any:
         for part in np.array_split(rng.permutation(len(train)), max(1, len(train) // 32)):
@@ -360,7 +400,7 @@ def _steps(model: Any, Y: Tensor, settings: dict[str, Any]) -> None:
         batches,
         lambda: iter([(val, None)]),
         device=torch.device("cpu"),
-        max_epochs=int(settings["max_epochs"] or 10),
+        max_epochs=int(settings["max_epochs"]),
         lr=min(settings["lr"], 1e-4),
         weight_decay=1e-2,
         optimizer="adamw",
