@@ -567,10 +567,10 @@ def test_gpovae_trains_and_is_read(tmp_path):
     adata = knock_down_and_raise()
     before = adata.copy()
     options = {"n_latent": 4, "n_hidden": 8}
-    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, **options)
+    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, direct=False, **options)
     np.testing.assert_array_equal(adata.X.toarray(), before.X.toarray())
     assert list(adata.obs.columns) == list(before.obs.columns) and set(adata.uns) == {*before.uns, "grn"}
-    again = scpert.tl.infer_grn(before, method="gpovae", max_epochs=2, threshold=0, copy=True, **options)
+    again = scpert.tl.infer_grn(before, method="gpovae", max_epochs=2, threshold=0, direct=False, copy=True, **options)
     np.testing.assert_array_equal(again.varp["grn"].toarray(), adata.varp["grn"].toarray())
     net = scpert.get.grn_df(adata)
     assert set(net["source"]) <= set(targets(adata)) and not (net["source"] == net["target"]).any()
@@ -584,6 +584,15 @@ def test_gpovae_trains_and_is_read(tmp_path):
     found = net.set_index(["source", "target"])["weight"]
     assert set(found.index) == set(own.index)
     pd.testing.assert_series_equal(found.sort_index(), own.sort_index(), rtol=1e-4, atol=1e-6, check_dtype=False)
+    some = targets(adata)[:2]
+    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, regulators=[*some, "G29"], **options)
+    edges = adata.uns["grn"]["edges"].set_index(["source", "target"])
+    assert set(edges.index.get_level_values("source")) == set(some)  # one that was never perturbed is left out
+    activity = edges["effect"] * sign_of_activity(adata)[edges.index.get_level_values("source")].to_numpy()
+    pd.testing.assert_series_equal(activity, own.loc[edges.index], rtol=1e-4, atol=1e-6, check_names=False)
+    direct = scpert.get.grn_df(adata).set_index(["source", "target"])["weight"]
+    ratio = (direct / activity)[activity.abs() > 1e-5]
+    assert ratio.between(0, 2.001).all() and (edges["std"] > 0).all()
     round_trip(adata, tmp_path)
 
 

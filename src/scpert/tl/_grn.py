@@ -363,7 +363,7 @@ def _problem(
                 tuple(unknown),
                 hints,
             )
-        if method in ("interventional", "sparse_inverse"):
+        if method in ("interventional", "sparse_inverse", "gpovae"):
             lost = [r for r in names if r not in set(perturbed)]
             if lost:
                 logger.warning("%s: %s never perturbed singly, left out.", method, listing(lost))

@@ -425,10 +425,11 @@ def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, opti
 def gpovae(problem: Problem) -> Scores:
     """Train GPO-VAE for a while and read its mask and effects; page ``docs/grn/gpovae.md``."""
     from ..model import GPOVAE
+    from ._grn_inverse import indirect_discount
 
     options = dict(problem.options)
-    max_epochs = options.pop("max_epochs", None)
-    screen = problem.screen
+    max_epochs, direct = options.pop("max_epochs", None), options.pop("direct", True)
+    screen, position = problem.screen, problem.position
     data = screen.adata.copy()
     GPOVAE.setup_anndata(
         data,
@@ -442,24 +443,20 @@ def gpovae(problem: Problem) -> Scores:
     options.setdefault("random_state", problem.random_state)
     trained = GPOVAE(data, **options)
     trained.train(max_epochs, random_state=problem.random_state)
-    net = trained.get_grn(threshold=0.0)
-    row = {name: i for i, name in enumerate(problem.regulators)}
-    weight = np.zeros((len(row), len(problem.genes)))
-    extra = {
-        c: np.zeros_like(weight)
-        for c in net.columns
-        if c not in K.NET and np.issubdtype(np.asarray(net[c]).dtype, np.number)
-    }
-    source = np.array([row.get(str(s), -1) for s in net[K.SOURCE]], dtype=np.int64)
-    target = problem.genes.get_indexer(pd.Index(net[K.TARGET].astype(str)))
-    inside = (source >= 0) & (target >= 0)
-    weight[source[inside], target[inside]] = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
-    for name, values in extra.items():
-        values[source[inside], target[inside]] = net[name].to_numpy(dtype=np.float64)[inside]
-    # the model's weights are log fold changes under the perturbation: turned into signs of the regulator's activity
-    found = total_effects(problem, composition=False)
-    keep = extra["probability"] > 0.5 if "probability" in extra else None
-    return Scores(found.sign[:, None] * _apply_prior(weight, problem.prior), keep, extra)
+    rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
+    columns = pd.Index(trained.genes_).get_indexer(problem.genes)
+    probability, effect, std = (a[rows][:, columns] for a in trained._network())
+    # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
+    sign = total_effects(problem, composition=False).sign
+    weight = sign[:, None] * effect
+    if direct:
+        weight = weight * indirect_discount(effect, std, sign, position)[0]
+    return Scores(
+        _apply_prior(weight, problem.prior),
+        probability > 0.5,
+        {"probability": probability, "effect": effect, "std": std},
+        {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ranks
