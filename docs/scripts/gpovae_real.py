@@ -110,10 +110,12 @@ def main() -> None:
         for title, (file, library) in SCREENS.items():
             if arguments.screen in title:
                 adata = ad.read_h5ad(Path(os.environ["SCPERT_TEST_DATA"]) / file)
-                found = [r for seed in range(arguments.seeds) for r in unseen(adata, library, knowledge, seed)]
+                found = []
+                for seed in range(arguments.seeds):
+                    found += unseen(adata, library, knowledge, seed)
+                    if arguments.out:
+                        pd.DataFrame(found).to_csv(f"{arguments.out}.{title.split()[0]}.csv", index=False)
                 report_unseen(title, pd.DataFrame(found))
-                if arguments.out:
-                    pd.DataFrame(found).to_csv(f"{arguments.out}.{title.split()[0]}.csv", index=False)
         return
     rows = []
     for title, (file, library) in SCREENS.items():

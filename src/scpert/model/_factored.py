@@ -21,7 +21,7 @@ from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot, parse
 from ..data._screen import Screen
-from ..errors import ScpertError
+from ..errors import LabelError, ScpertError
 from ..module._factored import FactoredModule
 from ..nn._stats import ExpectedLog1p, nb_log_prob
 from ._base import PerturbationModel, Prediction, Reference
@@ -1060,7 +1060,10 @@ class GPOVAE(_Factored):
         the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
         """
         self._check_trained()
+        check_positive("n_edges", n_edges)
         targets = parse(perturbation, self.control_)
+        if not targets:
+            raise LabelError(f"{perturbation!r} is the control: it has no effect to explain.")
         missing = [t for t in targets if t not in self._trained_targets]
         if missing:
             raise self._refuse(perturbation, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import listing
-from ..errors import ScpertError
+from ..errors import ScaleError, ScpertError
 from ._effects import effects_of_cells, table_spread, welch
 from ._grn import Scores, weighted_bh
 
@@ -429,6 +430,18 @@ def gpovae(problem: Problem) -> Scores:
 
     options = dict(problem.options)
     max_epochs, direct = options.pop("max_epochs", None), options.pop("direct", True)
+    allowed = [n for n in inspect.signature(GPOVAE.__init__).parameters if n not in ("self", "adata", "registry")]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ScpertError(
+            f"infer_grn(method='gpovae') does not know the option(s) {listing(unknown)}; it has max_epochs, direct and "
+            f"those of GPOVAE: {', '.join(allowed)}."
+        )
+    if problem.screen.scale != K.SCALE_COUNTS:
+        raise ScaleError(
+            f"method='gpovae' trains a model of counts; {problem.screen.where} holds {problem.screen.scale} values. Name a layer "
+            "of raw counts (layer=), or use another method: all others take logs, and the first two tables of effects."
+        )
     screen, position = problem.screen, problem.position
     data = screen.adata.copy()
     GPOVAE.setup_anndata(
