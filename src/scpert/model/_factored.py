@@ -975,8 +975,7 @@ class GPOVAE(_Factored):
             probability = torch.sigmoid(self.module.mask_logits)
             loc, log_scale = self.module.effect_parameters(rows, probability)
             variance = probability * torch.exp(2 * log_scale) + probability * (1 - probability) * loc**2
-            arrays = (probability, probability * loc, torch.sqrt(variance))
-        return tuple(a.cpu().numpy() for a in arrays)
+        return probability.cpu().numpy(), (probability * loc).cpu().numpy(), torch.sqrt(variance).cpu().numpy()
 
     # ------------------------------------------------------------------------------------------ prior knowledge
 
