@@ -255,6 +255,8 @@ def test_explain_and_iwelbo(small_screen):
     assert few < many < 0  # the bound tightens with the number of draws
     with pytest.raises(scpert.errors.UnknownTargetError):
         model.explain("NOSUCHGENE")
+    with pytest.raises(scpert.errors.LabelError, match="is the control"):
+        model.explain("control")
 
 
 def test_knowledge_is_followed_only_where_it_predicts_held_out_targets():

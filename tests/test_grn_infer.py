@@ -472,6 +472,41 @@ def test_bad_arguments(screen):
     assert "grn" not in adata.varp and "grn" not in adata.uns
 
 
+def test_gpovae_refuses_what_it_cannot_use(screen):
+    with pytest.raises(ScpertError, match="max_epochs, direct and those of GPOVAE: n_latent"):
+        scpert.tl.infer_grn(screen, method="gpovae", max_epoch=1)
+    logs = log1p_screen()
+    with pytest.raises(scpert.errors.ScaleError, match="layer of raw counts"):
+        scpert.tl.infer_grn(logs, method="gpovae", scale="log1p")
+
+
+def test_natural_calls_on_knock_outs_agree(caplog):
+    """A table of one row a knock-out: raw with its wild type, less it, standardised, or alone, the same ranking."""
+    rng = np.random.default_rng(0)
+    genes = [f"G{i}" for i in range(30)]
+    profiles = 0.5 + 0.1 * linear_total_effects(random_direct(rng, 30), np.arange(30)) + 0.01 * rng.random((30, 30))
+
+    def table(x, names) -> ad.AnnData:
+        obs = pd.DataFrame({"perturbation": names}, index=[f"r{i}" for i in range(len(x))])
+        return ad.AnnData(np.asarray(x), obs=obs, var=pd.DataFrame(index=genes))
+
+    alone = table(profiles, genes)
+    with pytest.raises(scpert.errors.LabelError, match="scale='effects'"):
+        scpert.tl.infer_grn(alone, method="sparse_inverse")
+    wild = np.full((1, 30), 0.5)
+    calls = [
+        (alone, {"scale": "effects"}),
+        (table(np.vstack([wild, profiles]), ["control", *genes]), {}),
+        (table(profiles - wild, genes), {}),
+        (table((profiles - profiles.mean(0)) / profiles.std(0), genes), {}),
+    ]
+    found = []
+    for adata, options in calls:
+        scpert.tl.infer_grn(adata, method="sparse_inverse", **options)
+        found.append(scpert.get.grn_df(adata)[["source", "target"]].head(20).apply(tuple, axis=1).tolist())
+    assert all(set(f) == set(found[0]) for f in found)
+
+
 def test_one_perturbation_constant_targets_and_zero_effects(screen, caplog):
     one = screen[screen.obs["perturbation"].isin(["control", targets(screen)[0]])].copy()
     for method in SIMPLE[:4]:
@@ -574,10 +609,10 @@ def test_gpovae_trains_and_is_read(tmp_path):
     adata = knock_down_and_raise()
     before = adata.copy()
     options = {"n_latent": 4, "n_hidden": 8}
-    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, **options)
+    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, direct=False, **options)
     np.testing.assert_array_equal(adata.X.toarray(), before.X.toarray())
     assert list(adata.obs.columns) == list(before.obs.columns) and set(adata.uns) == {*before.uns, "grn"}
-    again = scpert.tl.infer_grn(before, method="gpovae", max_epochs=2, threshold=0, copy=True, **options)
+    again = scpert.tl.infer_grn(before, method="gpovae", max_epochs=2, threshold=0, direct=False, copy=True, **options)
     np.testing.assert_array_equal(again.varp["grn"].toarray(), adata.varp["grn"].toarray())
     net = scpert.get.grn_df(adata)
     assert set(net["source"]) <= set(targets(adata)) and not (net["source"] == net["target"]).any()
@@ -591,6 +626,15 @@ def test_gpovae_trains_and_is_read(tmp_path):
     found = net.set_index(["source", "target"])["weight"]
     assert set(found.index) == set(own.index)
     pd.testing.assert_series_equal(found.sort_index(), own.sort_index(), rtol=1e-4, atol=1e-6, check_dtype=False)
+    some = targets(adata)[:2]
+    scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, regulators=[*some, "G29"], **options)
+    edges = adata.uns["grn"]["edges"].set_index(["source", "target"])
+    assert set(edges.index.get_level_values("source")) == set(some)  # one that was never perturbed is left out
+    activity = edges["effect"] * sign_of_activity(adata)[edges.index.get_level_values("source")].to_numpy()
+    pd.testing.assert_series_equal(activity, own.loc[edges.index], rtol=1e-4, atol=1e-6, check_names=False)
+    direct = scpert.get.grn_df(adata).set_index(["source", "target"])["weight"]
+    ratio = (direct / activity)[activity.abs() > 1e-5]
+    assert ratio.between(0, 2.001).all() and (edges["std"] > 0).all()
     round_trip(adata, tmp_path)
 
 

@@ -27,7 +27,7 @@ SCREENS = {
     "Norman 2019 (CRISPRa, 500 genes)": ("norman2019_k562_crispra_perturbench.h5ad", "library_size"),
     "Schraivogel 2020 (TAP-seq, 72 genes)": ("schraivogel2020_k562_tapseq_crispat.h5ad", None),
 }
-EPOCHS_UNSEEN = 20
+CELLS_UNSEEN = 60_000  # cells seen in training with --unseen, over all epochs
 NAMES = ("pearson_delta", "pearson_delta_centroid", "mse_delta")
 
 
@@ -65,7 +65,8 @@ def unseen(adata: ad.AnnData, library: str | None, knowledge: dict, seed: int) -
         for name, (cls, settings) in options.items():
             cls.setup_anndata(adata, split_key="split", library_size_key=library)
             model = cls(adata, **settings)
-            model.train(**({"max_epochs": EPOCHS_UNSEEN, "random_state": seed} if cls is GPOVAE else {}))
+            epochs = max(3, round(CELLS_UNSEEN / int((split == "train").sum())))
+            model.train(**({"max_epochs": epochs, "random_state": seed} if cls is GPOVAE else {}))
             predicted = model.predict_perturbation(list(fold), on_unknown="mean")
             table = metrics.evaluate(predicted, reference, metrics=NAMES)
             status = dict(zip(predicted.obs["perturbation"], predicted.obs["status"], strict=True))
@@ -109,10 +110,12 @@ def main() -> None:
         for title, (file, library) in SCREENS.items():
             if arguments.screen in title:
                 adata = ad.read_h5ad(Path(os.environ["SCPERT_TEST_DATA"]) / file)
-                found = [r for seed in range(arguments.seeds) for r in unseen(adata, library, knowledge, seed)]
+                found = []
+                for seed in range(arguments.seeds):
+                    found += unseen(adata, library, knowledge, seed)
+                    if arguments.out:
+                        pd.DataFrame(found).to_csv(f"{arguments.out}.{title.split()[0]}.csv", index=False)
                 report_unseen(title, pd.DataFrame(found))
-                if arguments.out:
-                    pd.DataFrame(found).to_csv(f"{arguments.out}.{title.split()[0]}.csv", index=False)
         return
     rows = []
     for title, (file, library) in SCREENS.items():

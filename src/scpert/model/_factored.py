@@ -21,7 +21,7 @@ from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot, parse
 from ..data._screen import Screen
-from ..errors import ScpertError
+from ..errors import LabelError, ScpertError
 from ..module._factored import FactoredModule
 from ..nn._stats import ExpectedLog1p, nb_log_prob
 from ._base import PerturbationModel, Prediction, Reference
@@ -945,16 +945,13 @@ class GPOVAE(_Factored):
         Returns
         -------
         A net: ``source`` (target of perturbations), ``target`` (measured gene), ``weight`` (signed: probability x mean
-        log fold change under the perturbation, see ``grn_sign``), ``probability``; strongest edges first. A target's
-        effect on itself is left out.
+        log fold change under the perturbation, see ``grn_sign``), ``probability``, ``std`` (posterior standard deviation
+        of mask x effect); strongest edges first. A target's effect on itself is left out.
         """
         self._check_trained()
         check_fraction("threshold", threshold)
-        rows = torch.arange(len(self.targets_), device=self.device)
+        probability, weight, std = self._network()
         trained = np.array([t in self._trained_targets for t in self.targets_])
-        with torch.inference_mode():
-            probability = torch.sigmoid(self.module.mask_logits).cpu().numpy()
-            weight = self.module.mean_rows(rows).cpu().numpy()
         keep = (probability > threshold) & trained[:, None] & (weight != 0)
         own = self._target_gene >= 0
         keep[np.flatnonzero(own), self._target_gene[own]] = False
@@ -965,10 +962,20 @@ class GPOVAE(_Factored):
                 K.TARGET: np.asarray(self.genes_, dtype=object)[target],
                 K.WEIGHT: weight[source, target],
                 "probability": probability[source, target],
+                "std": std[source, target],
             }
         )
         order = np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")
         return net.iloc[order].reset_index(drop=True)
+
+    def _network(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability of each edge, probability x mean effect, and posterior standard deviation ``(target, gene)``."""
+        rows = torch.arange(len(self.targets_), device=self.device)
+        with torch.inference_mode():
+            probability = torch.sigmoid(self.module.mask_logits)
+            loc, log_scale = self.module.effect_parameters(rows, probability)
+            variance = probability * torch.exp(2 * log_scale) + probability * (1 - probability) * loc**2
+        return probability.cpu().numpy(), (probability * loc).cpu().numpy(), torch.sqrt(variance).cpu().numpy()
 
     # ------------------------------------------------------------------------------------------ prior knowledge
 
@@ -1052,7 +1059,10 @@ class GPOVAE(_Factored):
         the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
         """
         self._check_trained()
+        check_positive("n_edges", n_edges)
         targets = parse(perturbation, self.control_)
+        if not targets:
+            raise LabelError(f"{perturbation!r} is the control: it has no effect to explain.")
         missing = [t for t in targets if t not in self._trained_targets]
         if missing:
             raise self._refuse(perturbation, targets)

@@ -14,7 +14,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_positive, listing, suggest
 from ..data import Screen, parse
-from ..errors import ScpertError, UnknownTargetError
+from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
 from ._effects import benjamini_hochberg
 
@@ -330,7 +330,16 @@ def _problem(
         "layer": layer,
         "library_size_key": library_size_key,
     }
-    screen = Screen(view, control=control, scale=scale, allowed=K.SCALES, **arguments)
+    try:
+        screen = Screen(view, control=control, scale=scale, allowed=K.SCALES, **arguments)
+    except LabelError as error:
+        labels = view.obs[perturbation_key] if perturbation_key in view.obs else pd.Series(dtype=object)
+        if control in set(labels.astype(str)) or labels.isna().any():
+            raise
+        raise LabelError(
+            f"{error} If no row is a control because each row is the profile or the effect of one perturbation, say "
+            "scale='effects': the reference of a gene is then its median over the rows."
+        ) from error
     samples = []
     if observed.any():
         rows = Screen(
@@ -364,7 +373,7 @@ def _problem(
                 tuple(unknown),
                 hints,
             )
-        if method in ("interventional", "sparse_inverse"):
+        if method in ("interventional", "sparse_inverse", "gpovae"):
             lost = [r for r in names if r not in set(perturbed)]
             if lost:
                 logger.warning("%s: %s never perturbed singly, left out.", method, listing(lost))

@@ -142,6 +142,40 @@ def direct_effects(
     return solution.astype(np.float64) * of_gene[None, :]
 
 
+def indirect_discount(
+    shift: np.ndarray,
+    error: np.ndarray,
+    sign: np.ndarray,
+    position: np.ndarray,
+    *,
+    penalty: float | np.ndarray = 3.0,
+    cut: float = 3.0,
+    path_scale: float = 2.0,
+    floor: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Factor :math:`(\mathrm{floor} + f)/(1 + m/\mathrm{path\_scale})` of each total effect, and the direct effects.
+
+    :math:`f` is the share of the effect that :func:`direct_effects` leaves it, :math:`m` the strength of the
+    :func:`strongest_path` beside it.
+
+    Parameters
+    ----------
+    shift, error
+        Total effects and their standard errors ``(regulator, gene)``.
+    sign
+        +1 where the perturbation raises its target, -1 where it lowers it ``(regulator,)``.
+    position
+        Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        evidence = np.nan_to_num(np.where(error > 0, shift / error, 0.0))
+    paths = strongest_path(sign[:, None] * evidence, position)
+    direct = direct_effects(shift, error, position, penalty=penalty, cut=cut)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.clip(np.nan_to_num(direct / shift, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
+    return (floor + share) / (1.0 + paths / path_scale), direct
+
+
 def sparse_inverse(problem: Problem) -> Scores:
     """Direct edges; page ``docs/grn/sparse_inverse.md``."""
     options = method_options(
@@ -149,15 +183,11 @@ def sparse_inverse(problem: Problem) -> Scores:
     )
     found = total_effects(problem, composition=options["composition"])
     position = problem.position
-    with np.errstate(divide="ignore", invalid="ignore"):
-        evidence = np.nan_to_num(np.where(found.noise > 0, found.shift / found.noise, 0.0))
-    signed = found.sign[:, None] * evidence
-    paths = strongest_path(signed, position)
-    penalty = options["penalty"] if problem.prior is None else options["penalty"] / (1.0 + problem.prior)
-    direct = direct_effects(found.shift, found.noise, position, penalty=penalty, cut=options["cut"])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.clip(np.nan_to_num(direct / found.shift, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
-    score = np.abs(np.nan_to_num(found.zscore)) * (options["floor"] + share) / (1.0 + paths / options["path_scale"])
+    if problem.prior is not None:
+        options["penalty"] = options["penalty"] / (1.0 + problem.prior)
+    options.pop("composition")
+    factor, direct = indirect_discount(found.shift, found.noise, found.sign, position, **options)
+    score = np.abs(np.nan_to_num(found.zscore)) * factor
     if problem.observational is not None and problem.observational.shape[0] >= 10:
         score *= 1.0 + 0.3 * np.abs(partial_regression(problem.observational, position, len(problem.genes)))
     if problem.prior is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import listing
-from ..errors import ScpertError
+from ..errors import ScaleError, ScpertError
 from ._effects import effects_of_cells, table_spread, welch
 from ._grn import Scores, weighted_bh
 
@@ -425,10 +426,23 @@ def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, opti
 def gpovae(problem: Problem) -> Scores:
     """Train GPO-VAE for a while and read its mask and effects; page ``docs/grn/gpovae.md``."""
     from ..model import GPOVAE
+    from ._grn_inverse import indirect_discount
 
     options = dict(problem.options)
-    max_epochs = options.pop("max_epochs", None)
-    screen = problem.screen
+    max_epochs, direct = options.pop("max_epochs", None), options.pop("direct", True)
+    allowed = [n for n in inspect.signature(GPOVAE.__init__).parameters if n not in ("self", "adata", "registry")]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ScpertError(
+            f"infer_grn(method='gpovae') does not know the option(s) {listing(unknown)}; it has max_epochs, direct and "
+            f"those of GPOVAE: {', '.join(allowed)}."
+        )
+    if problem.screen.scale != K.SCALE_COUNTS:
+        raise ScaleError(
+            f"method='gpovae' trains a model of counts; {problem.screen.where} holds {problem.screen.scale} values. Name a layer "
+            "of raw counts (layer=), or use another method: all others take logs, and the first two tables of effects."
+        )
+    screen, position = problem.screen, problem.position
     data = screen.adata.copy()
     GPOVAE.setup_anndata(
         data,
@@ -442,24 +456,20 @@ def gpovae(problem: Problem) -> Scores:
     options.setdefault("random_state", problem.random_state)
     trained = GPOVAE(data, **options)
     trained.train(max_epochs, random_state=problem.random_state)
-    net = trained.get_grn(threshold=0.0)
-    row = {name: i for i, name in enumerate(problem.regulators)}
-    weight = np.zeros((len(row), len(problem.genes)))
-    extra = {
-        c: np.zeros_like(weight)
-        for c in net.columns
-        if c not in K.NET and np.issubdtype(np.asarray(net[c]).dtype, np.number)
-    }
-    source = np.array([row.get(str(s), -1) for s in net[K.SOURCE]], dtype=np.int64)
-    target = problem.genes.get_indexer(pd.Index(net[K.TARGET].astype(str)))
-    inside = (source >= 0) & (target >= 0)
-    weight[source[inside], target[inside]] = net[K.WEIGHT].to_numpy(dtype=np.float64)[inside]
-    for name, values in extra.items():
-        values[source[inside], target[inside]] = net[name].to_numpy(dtype=np.float64)[inside]
-    # the model's weights are log fold changes under the perturbation: turned into signs of the regulator's activity
-    found = total_effects(problem, composition=False)
-    keep = extra["probability"] > 0.5 if "probability" in extra else None
-    return Scores(found.sign[:, None] * _apply_prior(weight, problem.prior), keep, extra)
+    rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
+    columns = pd.Index(trained.genes_).get_indexer(problem.genes)
+    probability, effect, std = (a[rows][:, columns] for a in trained._network())
+    # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
+    sign = total_effects(problem, composition=False).sign
+    weight = sign[:, None] * effect
+    if direct:
+        weight = weight * indirect_discount(effect, std, sign, position)[0]
+    return Scores(
+        _apply_prior(weight, problem.prior),
+        probability > 0.5,
+        {"probability": probability, "effect": effect, "std": std},
+        {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ranks
