@@ -313,6 +313,20 @@ def test_negative_binomial_head_on_counts():
     assert float(m.history["validation_loss"].iloc[-1, 0]) < 5
 
 
+def test_negative_binomial_starts_at_the_mean_of_the_logs():
+    """Genes on in a few samples only have a mean far above the mean of their logs: the start must know."""
+    rng = np.random.default_rng(1)
+    rate = np.exp(2.0 + rng.normal(size=(120, 4)) @ rng.normal(size=(4, 80)) * 1.5)
+    adata = ad.AnnData(rng.poisson(rate).astype(np.float32))
+    CellState.setup_anndata(adata)
+    m = CellState(adata, hidden=(32,), n_latent=6, head="nb")
+    m.train(max_epochs=1)
+    table = m.evaluate(n_boot=0)["r2_imputed"]
+    assert table["model"] > table["pca"] - 0.1 > 0.3
+    out = m.manipulate(adata[:20].copy(), adata.var_names[:2], method="fixed_point")
+    assert out.obs["converged"].mean() > 0.8
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
