@@ -77,7 +77,10 @@ def steps() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        print(f"step of 32 samples {time.time() - t:.0f} s, loss {float(loss):.3f}, peak {peak():.1f} GB", flush=True)
+        print(
+            f"step of 32 samples {time.time() - t:.0f} s, loss {float(loss.detach()):.3f}, peak {peak():.1f} GB",
+            flush=True,
+        )
     if device.type == "cuda":
         print(f"device memory {torch.cuda.max_memory_allocated() / 1024**3:.1f} GB")
 

@@ -485,16 +485,12 @@ class CellState(Regulators, BaseModel):
         total, square = np.zeros(self.n_genes), np.zeros(self.n_genes)
         low: Any = np.inf
         high: Any = -np.inf
-        fraction = np.zeros(self.n_genes)
         blocks = row_blocks(len(rows), 512)
         for part in progress(blocks, total=len(blocks), description="gene statistics", unit="block"):
-            raw = reader.raw(rows[part])
-            values = reader.log(raw).astype(np.float64)
+            values = reader.rows(rows[part]).astype(np.float64)
             total += values.sum(axis=0)
             square += (values**2).sum(axis=0)
             low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
-            if self.module.head == "nb":
-                fraction += raw.sum(axis=0, dtype=np.float64)
         mean = total / len(rows)
         sd = np.sqrt(np.maximum(square / len(rows) - mean**2, 0.0))
         typical = float(np.sqrt(np.mean(sd**2)))
@@ -507,10 +503,9 @@ class CellState(Regulators, BaseModel):
         with torch.no_grad():
             self.module.mean.copy_(torch.from_numpy(mean))
             self.module.scale.copy_(torch.from_numpy(scale))
-            if self.module.head == "nb":
-                self.module.log_fraction.copy_(
-                    torch.log(torch.from_numpy((fraction + 0.5) / (fraction.sum() + 0.5 * len(fraction))))
-                )
+            if self.module.head == "nb":  # zero in, the mean of the logs out: the unit of the linear path
+                level = torch.from_numpy(np.maximum(np.expm1(mean), 1e-2))
+                self.module.log_fraction.copy_(torch.log(level / level.sum()))
         self.__dict__.pop("_cache", None)
         self.range_ = np.stack([low, high, sd]).astype(np.float32)
 

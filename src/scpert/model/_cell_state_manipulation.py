@@ -184,7 +184,8 @@ class Manipulation(Transfer):
             - ``"paired"``: :math:`f(y') - f(y)`, one pass. All other genes are still observed, and hold the state: the
               shift is small, its direction is what counts.
             - ``"fixed_point"``: reconstruct and clamp in turn until nothing moves, so that the other genes follow. The
-              limit is found by Gauss-Newton steps in the latent space.
+              limit is found by Gauss-Newton steps in the latent space. The negative binomial head never puts out zero:
+              0.1 counts per ``target_sum`` are its lowest level here.
             - ``"jacobian"``: :math:`\partial f/\partial y\,(y' - y)`, the first-order part of ``"paired"``.
         max_iter, tol
             Steps and tolerance (standardised units) of the fixed point.
@@ -238,7 +239,11 @@ class Manipulation(Transfer):
                     shift = self.module.decode(z_new) - own
                 elif method == "fixed_point":
                     # both arms start from decoded values, so that the reconstruction error of the genes cancels
-                    z_new, ok = self._pull(z, index, own[:, index] + change, max_iter, tol)
+                    level_z = own[:, index] + change
+                    if self.module.head == "nb":  # puts out shares of the counts, which are never zero
+                        least = (np.log1p(0.1) - self._mean[positions]) / self._scale[positions]
+                        level_z = level_z.maximum(torch.from_numpy(least).float())
+                    z_new, ok = self._pull(z, index, level_z, max_iter, tol)
                     shift = self.module.decode(z_new) - own
                     converged[rows] = ok.numpy()
                 else:

@@ -139,8 +139,8 @@ class Regulators(Manipulation):
         # the shift is linear in the change of level up to curvature: measured once at the goal's mean, then scaled
         change = self._changes(a[use], b.mean(axis=0), positions, "set", None)
         shifts = self._single_shifts(y_start[use], positions, change, state, "virtual manipulation")["shift"]
-        safe = np.where(np.abs(change) > 1e-6, change, np.nan)
-        slope = np.nan_to_num(np.nanmedian(shifts / safe, axis=1))
+        moves = np.abs(change) > 1e-6
+        slope = np.median(np.where(moves, shifts, 0.0) / np.where(moves, change, 1.0), axis=1)
         virtual = np.empty((len(picks), len(names)))
         virtual[0] = shifts.mean(axis=1)
         measured = slope * (b.mean(axis=0) - a.mean(axis=0))[positions]
