@@ -365,7 +365,8 @@ def filter_perturbations(
 
     References
     ----------
-    .. [1] Chevalley et al., CausalBench, 2023.
+    .. [1] Chevalley et al., A large-scale benchmark for network inference from single-cell perturbation data
+       (CausalBench), Communications Biology 8, 412, 2025.
 
     Examples
     --------
