@@ -91,6 +91,22 @@ def _modules(package: str) -> list[str]:
     return [f"scpert.{package}"]
 
 
+@pytest.mark.parametrize("package", ["pp", "tl", "pl", "get", "metrics", "datasets", "resources"])
+def test_help_tells_of_every_parameter(package: str):
+    """``help()`` is complete: every parameter is described, and shared descriptions are filled in."""
+    module = importlib.import_module(f"scpert.{package}")
+    for name in _public(package):
+        function = getattr(module, name)
+        if not inspect.isfunction(function):
+            continue
+        text = inspect.getdoc(function)
+        assert not re.search(r"^ *\{\w+\}$", text, flags=re.MULTILINE), name
+        parts = re.findall(r"^([\w*, ]+)(?: : .*)?$\n(?= {4}\S)", text, flags=re.MULTILINE)
+        told = {word.strip(" *") for part in parts for word in part.split(",")}
+        missing = set(inspect.signature(function).parameters) - told
+        assert not missing, f"{package}.{name}: {missing}"
+
+
 def _public(package: str) -> list[str]:
     exported = importlib.import_module(f"scpert.{package}").__all__
     return [name for name in exported if not name.isupper()]

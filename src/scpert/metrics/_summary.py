@@ -12,6 +12,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_positive, listing
+from .._docs import shared_docs
 from .._progress import progress
 from ..errors import ScpertError
 from ._evaluate import compute
@@ -31,6 +32,7 @@ NOTHING = "nothing to predict here"
 # ---------------------------------------------------------------------------------------------- predictions to compare with
 
 
+@shared_docs
 def pseudobulk(
     adata: AnnData,
     *,
@@ -41,6 +43,13 @@ def pseudobulk(
     library_size_key: str | None = None,
 ) -> AnnData:
     """Mean profiles of real cells, in the form of a prediction.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes, or a table of effects.
+    {labels}
+    {values}
 
     Returns
     -------

@@ -9,6 +9,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_positive, listing
+from .._docs import shared_docs
 from ..errors import ScpertError
 from ._figure import COLOURS, finish, new_axes
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
+@shared_docs
 def explain(
     net: pd.DataFrame,
     *,
@@ -41,8 +43,7 @@ def explain(
         Result of ``model.explain(perturbation)``: ``source``, ``target``, ``weight``, ``kind``.
     n_evidence, n_genes, n_links
         So many nodes on the left, genes on the right and arcs at most.
-    ax, show, return_fig
-        As everywhere in :mod:`scpert.pl`.
+    {axes}
 
     Returns
     -------

@@ -10,6 +10,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_positive, listing
+from .._docs import shared_docs
 from ..data._perturbation import canonical, parse
 from ..data._screen import Screen
 from ..errors import LabelError, MissingKeyError, ScpertError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["effects", "predicted_vs_observed", "top_genes", "training"]
 
 
+@shared_docs
 def training(
     model: Any,
     *,
@@ -40,8 +42,7 @@ def training(
     metric
         Stem of a metric in ``model.history`` (``"elbo"``, ``"reconstruction_loss"`` ...); by default the loss that
         decides about early stopping.
-    ax, show, return_fig
-        Axes to draw in; whether to show; whether to return the figure.
+    {axes}
 
     Returns
     -------
@@ -67,7 +68,10 @@ def training(
         found = {"train": history[stem]}
     if not found:
         raise MissingKeyError(f"history has no metric {stem!r}; it has {listing(history, 30)}.")
+    from matplotlib.ticker import MaxNLocator
+
     ax = new_axes(ax, (4.5, 3.2))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for part, colour in (("train", COLOURS["blue"]), ("validation", COLOURS["orange"])):
         if part in found:
             values = found[part].iloc[:, 0].to_numpy(dtype=float)
@@ -102,6 +106,7 @@ def _row(predicted: AnnData, label: str) -> np.ndarray:
     return rows
 
 
+@shared_docs
 def predicted_vs_observed(
     predicted: AnnData,
     observed: AnnData,
@@ -127,13 +132,12 @@ def predicted_vs_observed(
         Real cells with controls; best cells that the model did not see.
     perturbation
         Label.
-    perturbation_key, control, layer, scale, library_size_key
-        Where labels and values of ``observed`` are.
+    {labels}
+    {values}
     n_labels
         Of so many genes with the largest observed shift those are named whose names do not overlap; targets are drawn as
         rings.
-    ax, show, return_fig
-        As everywhere in :mod:`scpert.pl`.
+    {axes}
 
     Returns
     -------
@@ -212,6 +216,7 @@ def predicted_vs_observed(
     return finish(ax, show, return_fig)
 
 
+@shared_docs
 def top_genes(
     predicted: AnnData,
     observed: AnnData,
@@ -241,10 +246,9 @@ def top_genes(
         Genes with the largest absolute observed shift.
     genes
         Show these instead.
-    perturbation_key, control, layer, scale, library_size_key
-        Where labels and values of ``observed`` are.
-    ax, show, return_fig
-        As everywhere in :mod:`scpert.pl`.
+    {labels}
+    {values}
+    {axes}
 
     Returns
     -------
@@ -326,6 +330,7 @@ def _marker(colour: str, label: str, marker: str = "D") -> Any:
     return Line2D([], [], color=colour, marker=marker, ls="", label=label)
 
 
+@shared_docs
 def effects(
     effects: AnnData,
     *,
@@ -346,8 +351,7 @@ def effects(
         Show the genes (perturbations) with the largest sum of squared shifts.
     cluster
         Order rows and columns by average-linkage clustering.
-    ax, show, return_fig
-        As everywhere in :mod:`scpert.pl`.
+    {axes}
 
     Returns
     -------

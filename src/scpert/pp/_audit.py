@@ -11,6 +11,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import listing, suggest
+from .._docs import shared_docs
 from ..data import Screen, check_labels, iter_rows, parse, scale_evidence
 from ..data._perturbation import CONTROL_NAMES
 from ..data._screen import _named_layers, resolve_layer
@@ -39,6 +40,7 @@ class _Report:
         return pd.DataFrame(self.rows, columns=["check", "value", "status", "advice"])
 
 
+@shared_docs
 def audit(
     adata: AnnData,
     *,
@@ -55,10 +57,9 @@ def audit(
     ----------
     adata
         Cells by genes (or perturbations by genes, for tables of effects).
-    perturbation_key, control
-        Column of the labels, label of the control.
+    {labels}
     layer
-        Where the values are; by default ``layers["counts"]``, else X.
+        Layer that holds the values; by default ``"counts"`` if there is one, else ``X``.
     library_size_key
         Column with the full library size, for small panels.
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_obs_key, listing, suggest
+from .._docs import shared_docs
 from ..data._perturbation import CONTROL_NAMES
 from ..errors import LabelError
 from ._write import record, writable
@@ -265,6 +266,7 @@ def _complain(problems: dict[str, list[str]], key: str) -> None:
         raise LabelError(f"adata.obs[{key!r}] has labels that can be read in more than one way. " + " ".join(lines))
 
 
+@shared_docs
 def annotate_perturbations(
     adata: AnnData,
     key: str,
@@ -302,8 +304,7 @@ def annotate_perturbations(
     guides
         Whether labels are names of guides, for the reading of ``KLF1-2``; by default by evidence: the gene is
         measured or perturbed, or occurs with several numbers.
-    copy
-        Work on a copy and return it.
+    {copy}
 
     Returns
     -------

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import _keys as K
 from .._checks import check_choice, check_positive, listing
+from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen
 from ..errors import MissingKeyError, ScpertError, SplitError
@@ -28,6 +29,7 @@ _MAX_ENTROPY = 0.8
 _PCA_CELLS = 20_000
 
 
+@shared_docs
 def match_controls(
     adata: AnnData,
     *,
@@ -75,8 +77,8 @@ def match_controls(
         Column to write.
     random_state
         Seed of the components, the batches and the draws.
-    perturbation_key, control, layer, scale, library_size_key
-        Where labels and values are: as in ``setup_anndata``.
+    {labels}
+    {values}
     split_key
         Column of the split, matched within if it is there. The components are fitted on training cells.
     covariate_keys
@@ -91,8 +93,7 @@ def match_controls(
         ``"sampled"`` or ``"barycentric"``.
     max_cells
         Largest side of a cost matrix.
-    copy
-        Work on a copy and return it.
+    {copy}
 
     Returns
     -------

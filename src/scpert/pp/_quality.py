@@ -13,6 +13,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_obs_key, check_positive, listing
+from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, iter_rows, parse, targets_of
 from ..data._screen import CHUNK_ROWS, resolve_layer, resolve_scale
@@ -48,6 +49,7 @@ def _symbols(adata: AnnData) -> pd.Index:
     return names
 
 
+@shared_docs
 def quality_flags(
     adata: AnnData,
     *,
@@ -95,8 +97,7 @@ def quality_flags(
         Also write a column for each criterion.
     random_state
         Seed of Scrublet.
-    copy
-        Work on a copy and return it.
+    {copy}
 
     Returns
     -------
@@ -302,6 +303,7 @@ def _valley(values: np.ndarray, n_bins: int = 256, max_smooth: int = 10_000) -> 
 # ---------------------------------------------------------------------------------------------- perturbations
 
 
+@shared_docs
 def filter_perturbations(
     adata: AnnData,
     *,
@@ -342,8 +344,8 @@ def filter_perturbations(
         (30 % down or more); ``None``: no such filter.
     pvals_adj_cutoff
         See ``min_degs``.
-    perturbation_key, control, layer, scale, library_size_key
-        Where labels and values are: as in ``setup_anndata``.
+    {labels}
+    {values}
     copy
         Return the filtered copy and leave ``adata`` as it is.
 
@@ -363,7 +365,8 @@ def filter_perturbations(
 
     References
     ----------
-    .. [1] Chevalley et al., CausalBench, 2023.
+    .. [1] Chevalley et al., A large-scale benchmark for network inference from single-cell perturbation data
+       (CausalBench), Communications Biology 8, 412, 2025.
 
     Examples
     --------
@@ -499,6 +502,7 @@ def _n_degs(screen: Screen, cutoff: float) -> pd.Series:
 # ---------------------------------------------------------------------------------------------- genes
 
 
+@shared_docs
 def select_genes(
     adata: AnnData,
     n_top_genes: int,
@@ -532,12 +536,11 @@ def select_genes(
         Drop the genes that are not marked.
     key_added
         Column of ``var`` to write.
-    perturbation_key, control, layer, scale, library_size_key
-        Where labels and values are: as in ``setup_anndata``.
+    {labels}
+    {values}
     split_key
         Column of the split; cells other than ``train`` are not looked at. All cells, where there is no such column.
-    copy
-        Work on a copy and return it.
+    {copy}
 
     Returns
     -------

@@ -11,6 +11,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_choice, check_obs_key, check_unique_names, listing
+from .._docs import shared_docs
 from ..data import Screen, check_labels, parse, scale_evidence
 from ..data._screen import resolve_layer
 from ..errors import LabelError, ScpertError, SplitError
@@ -347,6 +348,7 @@ def pairs_shared(labels: np.ndarray, shared: Collection[str]) -> np.ndarray:
     return np.isin(labels.astype(str), list(shared))
 
 
+@shared_docs
 def split(
     adata: AnnData,
     *,
@@ -415,8 +417,7 @@ def split(
         For ``"folds"``: number of folds, and the one to test, from 0. The folds do not depend on ``fold``.
     stratify_by_effect
         Spread perturbations evenly over the size of their effect (Euclidean norm of the mean shift of log1p CP10k).
-    copy
-        Work on a copy and return it.
+    {copy}
 
     Returns
     -------

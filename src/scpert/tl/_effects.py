@@ -11,6 +11,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_obs_key, listing
+from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
 from ..data._screen import CHUNK_ROWS
@@ -61,6 +62,7 @@ def strata_of(adata: AnnData, covariate_keys: str | Sequence[str] | None) -> tup
     return codes.astype(np.int64), [" / ".join(n) for n in names]
 
 
+@shared_docs
 def perturbation_effects(
     adata: AnnData,
     *,
@@ -91,8 +93,7 @@ def perturbation_effects(
     ----------
     adata
         Cells by genes, with labels in the standard form. It is not changed.
-    perturbation_key, control
-        Column of the labels and the label of the control cells.
+    {labels}
     layer, scale
         Where the values are and what they are (``"counts"``, ``"log1p"``, ``"effects"``, ``"auto"``). For
         ``"effects"`` (rows are perturbations, already relative to control) nothing is subtracted, rows of one

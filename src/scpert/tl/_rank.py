@@ -13,6 +13,7 @@ from scipy import sparse, stats
 
 from .. import _keys as K
 from .._checks import check_obs_key, check_positive, listing
+from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, canonical, join, parse
 from ..errors import ScpertError
@@ -26,6 +27,7 @@ __all__ = ["rank_perturbations"]
 logger = logging.getLogger("scpert")
 
 
+@shared_docs
 def rank_perturbations(
     adata: Any,
     model: Any = None,
@@ -62,7 +64,8 @@ def rank_perturbations(
     Parameters
     ----------
     adata
-        Cells that hold start and goal. A trained model may be given instead (its AnnData is used).
+        Cells that hold start and goal, or a table of effects (``scale="effects"``). A trained model may be given
+        instead (its AnnData is used).
     model
         A trained model with ``predict_perturbation``; or effects of :func:`scpert.tl.perturbation_effects`; ``None``
         measures the effects in ``adata``. Doubles come from the model, and from effects as the sum of two singles.
@@ -83,8 +86,8 @@ def rank_perturbations(
         Leave each perturbation's own targets out of its measures: that they move is its definition. A perturbation
         that moves nothing else cannot be told apart then, and the measures of different perturbations are over genes
         that differ by their targets; ``False`` where the state of the targets is itself part of the goal.
-    perturbation_key, control, layer, scale, library_size_key
-        As in :func:`scpert.tl.perturbation_effects`.
+    {labels}
+    {values}
     random_state
         Seed of the model's prediction.
 
