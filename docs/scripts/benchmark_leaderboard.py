@@ -45,7 +45,7 @@ def all_tasks() -> list[Task]:
 
 
 def all_models(epochs: int) -> list[ModelSpec]:
-    """A specification per model; those that need knowledge of genes get GO annotations and the STRING interactome."""
+    """A specification per model; those that need knowledge of genes get annotations (GO, simulated) and STRING."""
     out = [ModelSpec(name) for name in CLOSED]
     out.insert(3, ModelSpec("Additive, shrunken", "Additive", {"shrink": True}))
     folder = os.environ.get("SCPERT_TEST_PRIORS")
@@ -54,9 +54,13 @@ def all_models(epochs: int) -> list[ModelSpec]:
             Path(folder) / "go_direct_allev_human_2015-07.tsv.gz", sep="\t", dtype=str, keep_default_na=False
         )
         go = go.rename(columns={"symbol": "gene", "go_id": "term"})[["gene", "term"]]
-        string = pd.read_csv(
-            Path(folder) / "string_v12.0_human_score800.tsv.gz", sep="\t", keep_default_na=False
-        ).iloc[:, :2]
+        simulated = TASKS["simulated_unseen"].load().uns["truth"]["annotations"][["gene", "term"]]
+        go = pd.concat(
+            [go, simulated], ignore_index=True
+        )  # the simulated genes have annotations and names of their own
+        string = pd.read_csv(Path(folder) / "string_v12.0_human_score800.tsv.gz", sep="\t", keep_default_na=False).iloc[
+            :, :2
+        ]
         string.columns = ["source", "target"]
         out += [ModelSpec(name, options={"knowledge": {"go": go, "string": string}}) for name in INFORMED]
     return out + [ModelSpec(name, train={"max_epochs": epochs}) for name in DEEP]
@@ -72,7 +76,9 @@ def tables(board: pd.DataFrame) -> str:
         one = part.drop_duplicates("model").set_index("model")
         first = part[part["metric"] == metrics[1]].set_index("model")
         models = [CEILING, *rank.drop(index=CEILING)[metrics].mean(axis=1).sort_values(kind="stable").index]
-        verdicts = {m: part.loc[part["metric"] == m, "verdict"].astype(str).str.startswith("nothing").any() for m in metrics}
+        verdicts = {
+            m: part.loc[part["metric"] == m, "verdict"].astype(str).str.startswith("nothing").any() for m in metrics
+        }
         best = rank.drop(index=[CEILING, BASELINE]).min()
         lines = [
             f"### {task}: {one['n'].max():.0f} perturbations",
@@ -90,7 +96,11 @@ def tables(board: pd.DataFrame) -> str:
             s = first.loc[model]
             row.append("" if np.isnan(s["score"]) else f"{s['score']:.2f} [{s['lower']:.2f}, {s['upper']:.2f}]")
             known = model not in (CEILING, BASELINE) and np.isfinite(s["fallback"])
-            row += [f"{100 * s['fallback']:.0f} %" if known else "", f"{s['seconds']:.1f}", f"{s['peak_megabytes']:.0f}"]
+            row += [
+                f"{100 * s['fallback']:.0f} %" if known else "",
+                f"{s['seconds']:.1f}",
+                f"{s['peak_megabytes']:.0f}",
+            ]
             lines.append("| " + " | ".join(row) + " |")
         for m in metrics:
             if verdicts[m]:
