@@ -174,7 +174,8 @@ def test_a_model_that_raises_is_a_failed_row(screen, tmp_path):
     assert list(row["status"]) == ["failed"]
     assert "no convergence after 3 steps" in row["message"].iloc[0]
     assert (results[results["model"] == "NoChange"]["status"] == "ok").all()
-    board = benchmark.leaderboard(results, n_boot=50)
+    board = benchmark.leaderboard(results, n_boot=50, path=tmp_path / "page.html")
+    assert "no convergence after 3 steps" in (tmp_path / "page.html").read_text()
     bad = board[board["model"] == "bad"]
     assert (bad["failed"] == 1).all() and bad["verdict"].str.startswith("failed: RuntimeError").all()
     again = benchmark.run([_task(screen)], [("bad", Raises, {}), "NoChange"], seeds=1, out=tmp_path, retry_failed=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +13,10 @@ import pandas as pd
 from .._checks import listing
 from ..errors import ScpertError
 from ..metrics._summary import NOTHING
+from ._page import write_html
 from ._run import BASELINE, CEILING, COLUMNS, MISMATCHED, costs
 
-__all__ = ["leaderboard", "write_html"]
+__all__ = ["leaderboard"]
 
 
 def leaderboard(
@@ -53,7 +52,7 @@ def leaderboard(
     without a value come last), ``value``, ``score``, ``lower``, ``upper``, ``difference`` (against the training mean,
     positive is better; no limits are claimed for a gain where a replicate has none, and no model is ranked above the mean), ``difference_lower``, ``difference_upper``, ``pvals``, ``n`` (perturbations), ``fallback``
     (share of the perturbations that the model knew nothing of), ``failed`` (seeds that failed), ``seconds`` and
-    ``peak_megabytes`` (per seed), ``verdict``.
+    ``peak_megabytes`` (per seed), ``verdict``. ``attrs["questions"]``: what each task asks.
 
     Examples
     --------
@@ -150,6 +149,7 @@ def leaderboard(
         ),
         kind="stable",
     ).reset_index(drop=True)
+    board.attrs["questions"] = dict(results.groupby("task", sort=False)["question"].first())
     if path is not None:
         write_html(board, path)
     return board
@@ -208,141 +208,3 @@ def _ranks(board: pd.DataFrame, known: Any) -> pd.Series:
             loss = loss.clip(lower=base.iloc[0])
         out[part.index] = loss.rank(method="min", na_option="bottom")
     return out.fillna(0).astype(int)
-
-
-# ---------------------------------------------------------------------------------------------- page
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#1a1a1a}
-table{border-collapse:collapse;margin:1rem 0;font-size:13px}th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #ddd}
-th{vertical-align:bottom}th:first-child,td:first-child{text-align:left}tr.ref{background:#f3f3f3;font-style:italic}
-td.text{text-align:left;max-width:26rem}td.best{font-weight:700}td.up{background:#d5edd8}td.down{background:#f8dcd8}
-svg{max-width:100%;height:auto}.note{color:#555;max-width:55rem}summary{cursor:pointer;font-weight:600;margin:.4rem 0}
-"""
-
-#: What the overview and the figures show first, of what was measured.
-_FIRST = ("pearson_delta_centroid", "pearson_delta", "mse")
-
-_NOTE = """<p class=note>Calibrated score: 0 is the mean of the training perturbations, 1 a replicate of the experiment (one half of
-the cells against the other). Limits: 95 %, bootstrap over perturbations. <span style="background:#d5edd8">Green</span>: better than the
-training mean, with limits that exclude zero; <span style="background:#f8dcd8">red</span>: worse. Bold: the best model of the task. Where a
-replicate is not clearly better than the training mean there is nothing to predict, and no score. Fallback: share of the
-perturbations that the model knew nothing of, so that it predicted the mean.</p>"""
-
-
-def write_html(board: pd.DataFrame, path: str | os.PathLike) -> None:
-    """One self-contained page: models by tasks, mean ranks, and for each task the forest plot and all tables."""
-    metrics = list(board["metric"].unique())
-    first = next((m for m in _FIRST if m in metrics), metrics[0])
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Leaderboard</title><style>{_STYLE}</style>"
-        f"<h1>Leaderboard</h1>{_NOTE}"
-    ]
-    for m in [first, *(m for m in metrics if m != first)]:
-        part = board[board["metric"] == m]
-        is_open = " open" if m == first else ""
-        parts.append(f"<details{is_open}><summary>All tasks: {html.escape(m)}</summary>{_overview(part)}</details>")
-    if ranks := _figure(board, first, "critical_difference"):
-        parts.append(f"<h2>Mean ranks: {html.escape(first)}</h2>{ranks}")
-    for task, part in board.groupby("task", sort=False):
-        ceiling = part[(part["model"] == CEILING) & (part["metric"] == first)]["verdict"]
-        verdict = f"<p>A replicate is {html.escape(str(ceiling.iloc[0]))}.</p>" if len(ceiling) else ""
-        if len(ceiling) and not str(ceiling.iloc[0]).startswith("better"):
-            verdict = f"<p>{html.escape(str(ceiling.iloc[0]).capitalize())}.</p>"
-        parts.append(f"<h2>{html.escape(str(task))}</h2>{verdict}{_figure(part, first, 'forest')}")
-        for m, rows in part.groupby("metric", sort=False):
-            is_open = " open" if m == first else ""
-            parts.append(f"<details{is_open}><summary>{html.escape(str(m))}</summary>{_rows(rows)}</details>")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_text("\n".join(parts), encoding="utf-8")
-    os.replace(temporary, target)
-
-
-def _number(x: Any, digits: int = 3) -> str:
-    return "" if pd.isna(x) else f"{x:.{digits}f}"
-
-
-def _judged(row: Any) -> str:
-    """Class of a cell: limits of the difference from the training mean above or below zero."""
-    if row.model in (BASELINE, CEILING):
-        return ""
-    return "up" if row.difference_lower > 0 else "down" if row.difference_upper < 0 else ""
-
-
-def _overview(part: pd.DataFrame) -> str:
-    """Models by tasks: the values of one metric, best mean rank first."""
-    tasks = list(dict.fromkeys(part["task"]))
-    ranks = part.groupby("model")["rank"].mean()
-    order = sorted(ranks.index, key=lambda m: (m != CEILING, ranks[m], m))
-    cells = {(row.model, row.task): row for row in part.itertuples()}
-    lines = [
-        "<table><tr><th>model</th><th>mean rank</th>" + "".join(f"<th>{html.escape(t)}</th>" for t in tasks) + "</tr>"
-    ]
-    for model in order:
-        reference = model in (BASELINE, CEILING)
-        line = f"<td>{html.escape(str(model))}</td><td>{'' if model == CEILING else _number(ranks[model], 1)}</td>"
-        for task in tasks:
-            row: Any = cells.get((model, task))
-            if row is None or (pd.isna(row.value) and not str(row.verdict).startswith("failed")):
-                line += "<td></td>"
-            elif pd.isna(row.value):
-                line += f"<td title='{html.escape(str(row.verdict), quote=True)}'>failed</td>"
-            else:
-                best = " best" if row.rank == 1 and not reference else ""
-                line += f"<td class='{_judged(row)}{best}'>{_number(row.value)}</td>"
-        lines.append(f"<tr{' class=ref' if reference else ''}>{line}</tr>")
-    return "".join(lines) + "</table>"
-
-
-def _rows(part: pd.DataFrame) -> str:
-    head = ("model", "rank", "value", "score", "95 % limits", "against the mean", "n", "fallback", "seconds", "MB", "")
-    lines = ["<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
-    row: Any
-    for row in part.itertuples():
-        reference = row.model in (BASELINE, CEILING)
-        limits = f"{_number(row.lower, 2)} to {_number(row.upper, 2)}" if not pd.isna(row.lower) else ""
-        cells = [
-            html.escape(str(row.model)),
-            "" if row.model == CEILING else str(row.rank),
-            _number(row.value, 4),
-            _number(row.score, 2),
-            limits,
-            _number(row.difference, 4),
-            "" if pd.isna(row.n) else str(int(row.n)),
-            "" if pd.isna(row.fallback) else f"{100 * row.fallback:.0f} %",
-            _number(row.seconds, 1),
-            _number(row.peak_megabytes, 0),
-        ]
-        kinds = ["", "", _judged(row) + (" best" if row.rank == 1 and not reference else ""), *[""] * 7]
-        verdict = "" if reference else html.escape(str(row.verdict))
-        lines.append(
-            f"<tr{' class=ref' if reference else ''}>"
-            + "".join(f"<td class='{k}'>{c}</td>" if k else f"<td>{c}</td>" for c, k in zip(cells, kinds, strict=True))
-            + f"<td class=text>{verdict}</td></tr>"
-        )
-    return "".join(lines) + "</table>"
-
-
-def _figure(board: pd.DataFrame, metric: str, kind: str) -> str:
-    """Inline SVG with its text as text."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from ..pl._benchmark import leaderboard as draw
-
-    part = board[board["metric"] == metric]
-    if kind == "forest" and not part.loc[~part["model"].isin([BASELINE, CEILING]), "score"].notna().any():
-        return ""
-    if kind == "critical_difference" and (part["task"].nunique() < 2 or part["model"].nunique() < 4):
-        return ""
-    figure = Figure(figsize=(8, 1 + 0.26 * part["model"].nunique()))
-    FigureCanvasSVG(figure)
-    draw(board, metric=metric, kind=kind, ax=figure.add_subplot(), show=False)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scpert"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    drawing = buffer.getvalue()
-    return drawing[drawing.index("<svg") :]

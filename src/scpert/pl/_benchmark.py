@@ -105,7 +105,8 @@ def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
                 beyond = "<" if row.score < _SHOWN[0] else ">" if row.score > _SHOWN[1] else "o"
                 ax.plot(np.clip(row.score, *_SHOWN), y, beyond, color="C0", ms=5)
             else:
-                ax.text(0.02, y, "no score", va="center", fontsize=8, color="0.5")
+                why = "failed" if str(getattr(row, "verdict", "")).startswith("failed") else "no score"
+                ax.text(0.02, y, why, va="center", fontsize=8, color="0.5")
             ticks.append(y)
             names.append(f"{row.model}  ({task})" if len(tasks) > 1 else str(row.model))
             y += 1
@@ -113,7 +114,7 @@ def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
     for at in (0, 1):
         ax.axvline(at, color="0.6", lw=1, ls="--")
     ax.set_yticks(ticks, names)
-    ax.invert_yaxis()
+    ax.set_ylim(y - 0.7 - 0.3, -0.7)
     ax.set_xlabel(f"calibrated score of {metric}: 0 training mean, 1 replicate")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
