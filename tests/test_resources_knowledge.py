@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scpert.errors import FileFormatError, ScpertError
-from scpert.resources import gene_ontology, interactome, map_symbols, regulons
+from scpert.errors import DownloadError, FileFormatError, ScpertError
+from scpert.resources import gene_ontology, interactome, map_symbols, reactome, regulons
 from scpert.resources._read import ancestors, open_text, read_gmt, read_table
 
 PRIORS = os.environ.get("SCPERT_TEST_PRIORS")
@@ -265,22 +266,147 @@ def test_interactome_forms(tmp_path):
         interactome(tab3, organism="yeast")
 
 
-def test_downloads_and_decoupler(tmp_path, monkeypatch):
-    import decoupler
+def test_interactome_bad_and_odd_files(tmp_path):
+    links = write(tmp_path / "l.txt", "protein1 protein2 combined_score\n9606.P1 9606.P2 900\n")
+    aliases = write(
+        tmp_path / "a.txt",
+        "#string_protein_id\talias\tsource\n9606.P1\tENSG1\tEnsembl_gene\n9606.P1\tX1\tUniProt_GN_Name\n"
+        "9606.P1\tKLF1\tEnsembl_HGNC_symbol\n9606.P2\tCBL\tBLAST_KEGG_NAME BioMart_HUGO\n",
+    )
+    assert interactome(links, info=aliases).values.tolist() == [["CBL", "KLF1", 0.9], ["KLF1", "CBL", 0.9]]
+    with pytest.raises(FileFormatError, match="aliases of the sources 'Ensembl_gene', none of which names genes"):
+        interactome(
+            links,
+            info=pd.DataFrame({"string_protein_id": ["9606.P1"], "alias": ["E"], "source": ["Ensembl_gene"]}),
+        )
+    for text, message in (
+        ("protein1 protein2 combined_score\nP1 P2 900\nP1 P2", "the line of 'P1 P2' has fewer fields"),
+        ("gene_a,gene_b\nA,B\nA", "line 3 has 1 comma-separated"),
+        ("gene_a\tgene_b\n1\tA\tB\n", "header not name the first column"),
+        ("gene_a\tgene_a\tgene_b\nA\tA\tB\n", "more than one column 'gene_a'"),
+        ("<!DOCTYPE html>\n<html></html>\n", "is a web page"),
+    ):
+        with pytest.raises(FileFormatError, match=message):
+            interactome(write(tmp_path / "bad.txt", text))
 
-    files = {
-        "goa_human.gaf.gz": write(tmp_path / "goa_human.gaf.gz", GAF, "gzip"),
-        "go-basic.obo": write(tmp_path / "go.obo", "format-version: 1.2\n[Term]\nid: GO:0000001\nis_a: GO:0 ! root\n"),
-        "9606.protein.links.v12.0.txt.gz": write(
-            tmp_path / "l", "protein1 protein2 combined_score\nP1 P2 900\n", "gzip"
+
+def test_large_files_are_filtered_while_reading(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"P{a}", f"P{b}", s)
+        for a, b, s in zip(*rng.integers([[0], [0], [150]], [[40], [40], [999]], (3, 900)), strict=True)
+    ]
+    links = write(
+        tmp_path / "l.txt", "protein1 protein2 combined_score\n" + "".join(f"{a} {b} {s}\n" for a, b, s in rows)
+    )
+    info = pd.DataFrame({"string_protein_id": [f"P{i}" for i in range(40)], "gene": [f"G{i}" for i in range(40)]})
+    whole = interactome(links, info=info)
+    monkeypatch.setattr("scpert.resources._read._CHUNK", 100)
+    pd.testing.assert_frame_equal(interactome(links, info=info), whole)
+    kept = {frozenset((a, b)) for a, b, s in rows if s >= 700 and a != b}
+    assert {
+        frozenset(("P" + s[1:], "P" + t[1:])) for s, t in zip(whole["source"], whole["target"], strict=True)
+    } == kept
+    seen = []
+    read_table(links, keep=lambda part: (seen.append(len(part)), part)[1])
+    assert seen == [100] * 9
+
+
+def test_annotations_told_by_their_content(tmp_path):
+    mart = "Gene stable ID\tGene name\tGO term accession\nENSG1\tKLF1\tGO:0000001\nENSG2\tCBL\t\n"
+    assert pairs(gene_ontology(write(tmp_path / "mart_export.txt", mart))) == {("KLF1", "GO:0000001")}
+    headless = "".join(line + "\n" for line in GENE2GO.splitlines()[1:2])
+    assert gene_ontology(write(tmp_path / "g", headless)).attrs["format"] == "gene2go"
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """A server on the loopback in the place of the official ones: the path is that of the address, host in front."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    import scpert
+    from scpert.resources import _fetch, _knowledge, _reactome
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = self.server.files.get(self.path[1:])
+            self.server.asked.append(self.path[1:])
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            return self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.files, httpd.asked = {}, []
+    url = f"http://127.0.0.1:{httpd.server_port}/"
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setattr(scpert.settings, "cache_dir", tmp_path / "cache")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for module in (_knowledge, _reactome):
+        monkeypatch.setattr(
+            module, "fetch", lambda address, *a, **k: _fetch.fetch(address.replace("https://", url), *a, **k)
+        )
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def zipped(text: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("inside.txt", text)
+    return buffer.getvalue()
+
+
+def test_downloads_from_the_official_addresses(official, tmp_path):
+    string = "stringdb-downloads.org/download/{0}.v12.0/{1}.{0}.v12.0.txt.gz"
+    tab3 = "Official Symbol Interactor A\tOfficial Symbol Interactor B\tOrganism ID Interactor A\tOrganism ID Interactor B\n"
+    official.files = {
+        "current.geneontology.org/annotations/goa_human.gaf.gz": gzip.compress(GAF.encode()),
+        "current.geneontology.org/annotations/mgi.gaf.gz": gzip.compress(GAF[: GAF.index("U")].encode() + b"x"),
+        "current.geneontology.org/ontology/go-basic.obo": b"format-version: 1.2\n[Term]\nid: GO:0000001\nis_a: GO:0 ! x\n",
+        string.format("protein.links", "9606"): gzip.compress(b"protein1 protein2 combined_score\nP1 P2 900\n"),
+        string.format("protein.info", "9606"): gzip.compress(b"#string_protein_id\tpreferred_name\nP1\tA\nP2\tB\n"),
+        string.format("protein.links", "4932"): gzip.compress(b"protein1 protein2 combined_score\nY1 Y2 800\n"),
+        string.format("protein.info", "4932"): gzip.compress(b"#string_protein_id\tpreferred_name\nY1\tA\nY2\tB\n"),
+        "downloads.thebiogrid.org/Download/BioGRID/Latest-Release/BIOGRID-ALL-LATEST.tab3.zip": zipped(
+            tab3 + "A\tB\t9606\t9606\nC\tD\t559292\t559292\n"
         ),
-        "9606.protein.info.v12.0.txt.gz": write(tmp_path / "i", "#string_protein_id\tpreferred_name\nP1\tA\nP2\tB\n"),
+        "reactome.org/download/current/ReactomePathways.gmt.zip": zipped("All\tR-HSA-1\tA\tB\nSome\tR-HSA-2\tA\n"),
+        "reactome.org/download/current/ReactomePathways.txt": b"R-HSA-1\tAll\tHomo sapiens\nR-HSA-2\tSome\tHomo sapiens\n",
+        "reactome.org/download/current/ReactomePathwaysRelation.txt": b"R-HSA-1\tR-HSA-2\n",
     }
-    monkeypatch.setattr("scpert.resources._knowledge.fetch", lambda url, name, sha256=None, *, subfolder: files[name])
-    assert ("KLF1", "GO:0") in pairs(gene_ontology(propagate=True))
-    assert interactome().values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
+    for _ in range(2):  # the second time from the cache
+        go = gene_ontology(propagate=True)
+        assert ("KLF1", "GO:0") in pairs(go)
+        assert interactome().values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
+        assert interactome(organism="yeast")["weight"].tolist() == [0.8, 0.8]
+        assert interactome(source="biogrid")["source"].tolist() == ["A", "B"]
+        assert interactome(source="biogrid", organism="yeast")["source"].tolist() == ["C", "D"]
+        assert reactome().levels("Some") == {1: ["R-HSA-2"], 2: ["R-HSA-1"]}
+    assert len(official.asked) == len(official.files) - 1 == len(set(official.asked))
+    assert go.attrs["source"].endswith("goa_human.gaf.gz") and go.attrs["date"].endswith("+00:00")
+    body = official.files["current.geneontology.org/annotations/goa_human.gaf.gz"]
+    assert go.attrs["sha256"] == hashlib.sha256(body).hexdigest()
+    with pytest.raises(DownloadError, match="answered 404"):
+        gene_ontology(organism="rat")
+    with pytest.raises(FileFormatError, match="truncated"):
+        gene_ontology(organism="mouse")
     with pytest.raises(ScpertError, match="No official file is known for organism=3702"):
         gene_ontology(organism=3702)
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_decoupler(monkeypatch):
+    import decoupler
+
     table = pd.DataFrame({"source": ["A"], "target": ["B"], "weight": [-1.0]})
     monkeypatch.setattr(decoupler.op, "collectri", lambda organism: table)
     net = regulons()

@@ -106,6 +106,13 @@ def test_official_form(files):
     assert "AA" in mapped and "A" not in mapped and mapped.attrs["unmapped"] == ["B", "C"]
 
 
+def test_any_species_by_its_own_files(tmp_path):
+    (tmp_path / "r.gmt").write_text("All\tR-GGA-1\tA\tB\nSome\tR-GGA-2\tA\n")
+    (tmp_path / "h.txt").write_text("R-GGA-1\tR-GGA-2\nR-HSA-1\tR-HSA-2\n")
+    r = reactome(tmp_path / "r.gmt", hierarchy=tmp_path / "h.txt", organism="GGA")
+    assert r.all_pathways == ["R-GGA-1", "R-GGA-2"] and r.level("All") == 2
+
+
 def test_download_is_used_without_path(files, monkeypatch):
     by_name = dict(
         zip(["ReactomePathways.gmt.zip", "ReactomePathways.txt", "ReactomePathwaysRelation.txt"], files, strict=True)
@@ -129,6 +136,8 @@ def test_bad_files(files, tmp_path):
         reactome(hierarchy=relation)
     with pytest.raises(FileFormatError, match="places none of the pathways"):
         reactome(*files, organism="mouse")
+    with pytest.raises(ScpertError, match="organism='martian' is not known"):
+        reactome(*files, organism="martian")
     with pytest.raises(ScpertError, match="official gene sets are human"):
         reactome(organism="mouse")
     other = tmp_path / "o.gmt"

@@ -34,11 +34,24 @@ _DOMAIN_NAMES = {
     "Function": "MF",
     "Component": "CC",
 }
+#: Names of the columns of a table, the last of them those of BioMart.
+_GENE = ["gene", "symbol", "gene_symbol", "genesymbol", "gene_name", "gene name", "external_gene_name", "hgnc symbol"]
+_TERM = ["term", "go_id", "go", "term_id", "pathway", "pathway_id", "go term accession"]
 _GAF_URL = "https://current.geneontology.org/annotations/{}.gaf.gz"
 _GAF_FILES = {"9606": "goa_human", "10090": "mgi", "10116": "rgd", "559292": "sgd", "7955": "zfin", "7227": "fb"}
 _OBO_URL = "https://current.geneontology.org/ontology/go-basic.obo"
 _STRING_URL = "https://stringdb-downloads.org/download/{kind}.v12.0/{taxon}.{kind}.v12.0.txt.gz"
+_STRING_TAXA = {"559292": "4932"}  # STRING files yeast under the species, not under the strain
+#: Names for proteins in STRING's aliases file, the best first; older releases join several by blanks.
+_STRING_ALIASES = (
+    "Ensembl_HGNC_symbol",
+    "BioMart_HUGO",
+    "UniProt_GN_Name",
+    "BLAST_UniProt_GN_Name",
+    "Ensembl_UniProt_GN",
+)
 _BIOGRID_URL = "https://downloads.thebiogrid.org/Download/BioGRID/Latest-Release/BIOGRID-ALL-LATEST.tab3.zip"
+_GO_TERM = re.compile(r"GO:\d{7}")
 _GO_ID = re.compile(r"\((GO:\d{7})\)\s*$")
 
 
@@ -62,8 +75,10 @@ def _sniff(path: Path) -> str:
     fields = line.rstrip("\n").split("\t")
     if len(fields) in (15, 17) and fields[4].startswith("GO:"):
         return "gaf"
+    if len(fields) == 8 and _GO_TERM.fullmatch(fields[2].strip()):
+        return "gene2go"
     names = {f.strip().casefold() for f in fields}
-    if names & {"gene", "symbol", "gene_symbol", "genesymbol"} or "," in line and len(fields) == 1:
+    if names & {*_GENE, *_TERM} or "," in line and len(fields) == 1:
         return "table"
     return "gmt" if len(fields) > 2 else "table"
 
@@ -115,8 +130,7 @@ def _read_annotations(path: Path, form: str, tax: str | None) -> pd.DataFrame:
             rows.extend((gene, term, domain) for gene in genes)
         return pd.DataFrame(rows, columns=["gene", "term", "domain"])
     table = read_table(path, comment="!")
-    gene = column(table, ["gene", "symbol", "gene_symbol", "genesymbol", "gene_name"], "gene", path)
-    term = column(table, ["term", "go_id", "go", "term_id", "pathway", "pathway_id"], "term", path)
+    gene, term = column(table, _GENE, "gene", path), column(table, _TERM, "term", path)
     out = pd.DataFrame({"gene": table[gene], "term": table[term]})
     by_name = {c.casefold(): c for c in table.columns}
     for name, known in (("domain", ("domain", "aspect")), ("evidence", ("evidence",)), ("qualifier", ("qualifier",))):
@@ -426,6 +440,36 @@ def _decoupler(
 
 # ---------------------------------------------------------------------------------------------- interactome
 
+_FIRST, _SECOND = ["gene_a", "source", "gene1", "a"], ["gene_b", "target", "gene2", "b"]
+_PAIR_COLUMNS = {
+    *_FIRST,
+    *_SECOND,
+    *("weight", "score", "protein1", "protein2", "combined_score"),
+    *(f"{what} interactor {end}" for what in ("official symbol", "organism id") for end in "ab"),
+}
+
+
+def _string_names(info: str | PathLike | pd.DataFrame) -> dict[str, str]:
+    """Gene names of STRING's proteins, from its ``protein.info`` or ``protein.aliases`` file."""
+    names = info.astype(str) if isinstance(info, pd.DataFrame) else read_table(local_file(info, "info"))
+    identifier = column(names, ["string_protein_id", "protein_external_id", "protein_id"], "protein", "info")
+    by_name = {c.casefold(): c for c in names.columns}
+    if not {"alias", "source"} <= set(by_name):
+        name = column(names, ["preferred_name", "gene", "symbol", "alias"], "gene name", "info")
+        return dict(zip(names[identifier], names[name], strict=True))
+    out: dict[str, str] = {}
+    kinds = names[by_name["source"]].str.split()
+    for kind in reversed(_STRING_ALIASES):  # the best is written last
+        rows = names[kinds.map(lambda own, kind=kind: kind in own)]
+        rows = rows.sort_values(by_name["alias"]).drop_duplicates(identifier)
+        out.update(zip(rows[identifier], rows[by_name["alias"]], strict=True))
+    if not out:
+        raise FileFormatError(
+            f"info has aliases of the sources {listing(names[by_name['source']].unique(), 5)}, none of which names genes "
+            f"(known: {listing(_STRING_ALIASES)}). Take STRING's protein.info file."
+        )
+    return out
+
 
 def interactome(
     path: str | PathLike | None = None,
@@ -451,7 +495,7 @@ def interactome(
     min_score
         Least combined score of STRING, of 1,000 (700: high confidence).
     info
-        STRING's ``protein.info``: the gene names of its proteins.
+        STRING's ``protein.info`` or ``protein.aliases``: the gene names of its proteins.
     aliases
         See :func:`map_symbols`.
 
@@ -477,22 +521,27 @@ def interactome(
     check_choice("source", source, ("string", "biogrid"))
     tax = taxon(organism)
     if path is None and source == "string":
-        file = fetch(
-            _STRING_URL.format(kind="protein.links", taxon=tax),
-            f"{tax}.protein.links.v12.0.txt.gz",
-            subfolder="resources",
-        )
+        species = _STRING_TAXA.get(tax, tax)
+        urls = {kind: _STRING_URL.format(kind=kind, taxon=species) for kind in ("protein.links", "protein.info")}
+        file = fetch(urls["protein.links"], f"{species}.protein.links.v12.0.txt.gz", subfolder="resources")
         if info is None:
-            info = fetch(
-                _STRING_URL.format(kind="protein.info", taxon=tax),
-                f"{tax}.protein.info.v12.0.txt.gz",
-                subfolder="resources",
-            )
+            info = fetch(urls["protein.info"], f"{species}.protein.info.v12.0.txt.gz", subfolder="resources")
     elif path is None:
         file = fetch(_BIOGRID_URL, "BIOGRID-ALL-LATEST.tab3.zip", subfolder="resources")
     else:
         file = local_file(path, "path")
-    table = read_table(file)
+
+    def few(part: pd.DataFrame) -> pd.DataFrame:
+        """Rows that can count: STRING's file has 10^7, BioGRID's of all organisms 10^6 of 37 columns."""
+        names = {c.casefold(): c for c in part.columns}
+        if {"protein1", "combined_score"} <= set(names):
+            return part[~(pd.to_numeric(part[names["combined_score"]], errors="coerce") < min_score)]
+        for end in "ab":
+            name = names.get(f"organism id interactor {end}")
+            part = part if name is None else part[part[name] == tax]
+        return part
+
+    table = read_table(file, columns=_PAIR_COLUMNS, keep=few)
     by_name = {c.casefold(): c for c in table.columns}
     licence = "as the file's source says (STRING: CC BY 4.0; BioGRID: MIT)"
     if "protein1" in by_name:
@@ -500,15 +549,11 @@ def interactome(
         score = pd.to_numeric(table[column(table, ["combined_score"], "score", file)], errors="coerce")
         net = pd.DataFrame({K.SOURCE: table[by_name["protein1"]], K.TARGET: table[by_name["protein2"]]})
         net[K.WEIGHT] = score / 1000
-        net = net[score >= min_score]
         if info is None:
             raise ScpertError(
                 f"{file} names proteins by Ensembl identifiers: pass STRING's protein.info file as info=."
             )
-        names = info.astype(str) if isinstance(info, pd.DataFrame) else read_table(local_file(info, "info"))
-        identifier = column(names, ["string_protein_id", "protein_external_id", "protein_id"], "protein", "info")
-        name = column(names, ["preferred_name", "gene", "symbol"], "gene name", "info")
-        symbols = dict(zip(names[identifier], names[name], strict=True))
+        symbols = _string_names(info)
         unknown = set(net[K.SOURCE]).union(net[K.TARGET]).difference(symbols)
         if unknown:
             raise FileFormatError(
@@ -518,14 +563,10 @@ def interactome(
         net = net.assign(**{c: net[c].map(symbols) for c in (K.SOURCE, K.TARGET)})
     elif "official symbol interactor a" in by_name:
         licence = "BioGRID: MIT"
-        organisms = [by_name[f"organism id interactor {s}"] for s in "ab" if f"organism id interactor {s}" in by_name]
-        for name in organisms:
-            table = table[table[name] == tax]
         net = pd.DataFrame({K.SOURCE: table[by_name["official symbol interactor a"]]})
         net[K.TARGET] = table[by_name["official symbol interactor b"]]
     else:
-        a = column(table, ["gene_a", "source", "gene1", "a"], "first gene", file)
-        b = column(table, ["gene_b", "target", "gene2", "b"], "second gene", file)
+        a, b = column(table, _FIRST, "first gene", file), column(table, _SECOND, "second gene", file)
         net = pd.DataFrame({K.SOURCE: table[a], K.TARGET: table[b]})
         weight = next((by_name[c] for c in ("weight", "score") if c in by_name), None)
         if weight is not None:

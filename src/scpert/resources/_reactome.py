@@ -275,8 +275,9 @@ def reactome(
         ``ReactomePathwaysRelation.txt`` (parent, child), or a table with these columns. Without it (a local ``path``
         alone) every pathway is on level 1. Where none of the three is given, the official ones are downloaded once into the cache.
     organism
-        ``human``, ``mouse``, ``rat``, ``yeast``, ``zebrafish``, ``fly``: lines of other species in names and hierarchy
-        are left out. The official gene sets are human; for any other organism give your own ``path``.
+        ``human``, ``mouse``, ``rat``, ``yeast``, ``zebrafish``, ``fly``, or the three letters in Reactome's identifiers
+        (``"GGA"`` for chicken): lines of other species in names and hierarchy are left out. The official gene sets are
+        human; for any other organism give your own ``path``.
     aliases
         See :func:`map_symbols`.
 
@@ -301,9 +302,13 @@ def reactome(
     >>> reactome(folder / "r.gmt", hierarchy=folder / "h.txt").levels("Some of it")
     {1: ['R-HSA-2'], 2: ['R-HSA-1']}
     """
-    if organism not in _SPECIES:
-        raise ScpertError(f"organism={organism!r} is not known. Choose one of {listing(_SPECIES)}.")
-    prefix = f"R-{_SPECIES[organism]}-"
+    code = _SPECIES.get(organism, organism)
+    if not re.fullmatch("[A-Z]{3}", str(code)):
+        raise ScpertError(
+            f"organism={organism!r} is not known. Choose one of {listing(_SPECIES)}, or give the three letters of its "
+            "identifiers (R-GGA-...: 'GGA')."
+        )
+    prefix = f"R-{code}-"
     if isinstance(path, (list, tuple)):
         if len(path) != 3 or names is not None or hierarchy is not None:
             raise ScpertError(
@@ -315,7 +320,7 @@ def reactome(
             raise ScpertError(
                 "Give the gene sets as path= too, or none of the three files to download the official ones."
             )
-        if organism != "human":
+        if code != "HSA":
             raise ScpertError(
                 f"Reactome's official gene sets are human. For {organism} pass your own files (path=, ...)."
             )

@@ -6,9 +6,10 @@ import datetime
 import gzip
 import io
 import re
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ __all__ = [
     "read_table",
     "taxon",
 ]
+
+_CHUNK = 1_000_000  # rows of a table parsed at a time
 
 #: NCBI taxonomy identifiers of the organisms that may be named.
 TAXA = {"human": "9606", "mouse": "10090", "rat": "10116", "yeast": "559292", "zebrafish": "7955", "fly": "7227"}
@@ -66,8 +69,11 @@ def open_text(path: Path) -> Iterator[Iterable[str]]:
     """Open a text file that may be gzip or zip (told by its first bytes); a damaged one raises FileFormatError."""
     try:
         with open(path, "rb") as raw:
-            magic = raw.read(4)
+            first = raw.read(256)
+            magic = first[:4]
             raw.seek(0)
+            if first.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise FileFormatError(f"{path} is a web page, not the file itself. Download the file that it links to.")
             binary: Any = raw
             if magic[:2] == b"\x1f\x8b":
                 binary = gzip.GzipFile(fileobj=raw)
@@ -101,14 +107,32 @@ def provenance(path: Path, licence: str, **more: Any) -> dict[Any, Any]:
     }
 
 
-def read_table(path: Path, *, comment: str | None = None) -> pd.DataFrame:
-    """A table with a header: tab, comma or space separated (told by the header), all text, stripped; or parquet."""
+def read_table(
+    path: Path,
+    *,
+    comment: str | None = None,
+    columns: Collection[str] | None = None,
+    keep: Callable[[pd.DataFrame], pd.DataFrame] | None = None,
+) -> pd.DataFrame:
+    """A table with a header: tab, comma or space separated (told by the header), all text, stripped; or parquet.
+
+    Parameters
+    ----------
+    path
+        Plain, gzip, zip or parquet.
+    comment
+        Lines that begin so are left out.
+    columns
+        Names in lower case: other columns are not kept, unless none bears such a name.
+    keep
+        Rows to keep, asked a million rows at a time: what is left out does not take memory.
+    """
     if path.suffix in (".parquet", ".pq"):
         try:
-            table = pd.read_parquet(path)
+            table = pd.read_parquet(path).astype(str)
         except (OSError, ValueError) as err:
             raise FileFormatError(f"{path} is no readable parquet file ({err}). Download it again.") from err
-        return table.astype(str)
+        return table if keep is None else keep(table)
     with open_text(path) as lines:
         header = ""
         for line in lines:
@@ -117,35 +141,61 @@ def read_table(path: Path, *, comment: str | None = None) -> pd.DataFrame:
                 break
         separator = "\t" if "\t" in header else "," if "," in header else r"\s+"
         names = [n.strip().strip('"').lstrip("#").strip() for n in re.split(separator, header.strip(" "))]
+        again = sorted({n for n in names if names.count(n) > 1})
+        if again:
+            raise FileFormatError(f"{path} has more than one column {listing(again)}. Rename or drop the others.")
+        wanted = [n for n in names if columns is not None and n.casefold() in columns] or names
+        parts = []
+        if len(separator) == 1:
+            _check_width(path, separator, len(names), comment)
         try:
-            table = pd.read_csv(  # type: ignore[call-overload]
-                lines,
-                sep=separator,
-                names=names,
-                header=None,
-                dtype=str,
-                keep_default_na=False,
-                quoting=3 if separator == "\t" else 0,
-                engine="c",
-                index_col=False,
-            )
-        except (pd.errors.ParserError, pd.errors.EmptyDataError) as err:
-            raise FileFormatError(f"{path} is no table with one header line: {err}") from err
-    if separator == "\t":
-        _check_width(path, len(names), comment)
-    for name in table.columns:
-        table[name] = table[name].astype(str).str.strip()
-    return table
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a line longer than the header
+                reader = pd.read_csv(  # type: ignore[call-overload]
+                    lines,
+                    sep=separator,
+                    names=names,
+                    header=None,
+                    usecols=None if wanted == names else wanted,
+                    dtype=str,
+                    keep_default_na=False,
+                    quoting=3 if separator == "\t" else 0,
+                    engine="c",
+                    index_col=False,
+                    chunksize=_CHUNK,
+                )
+                for part in reader:
+                    for name in part.columns:
+                        part[name] = part[name].fillna("").str.strip()
+                    short = (part == "").any(axis=1) if len(separator) > 1 else None  # pandas fills short lines up
+                    if short is not None and short.any():
+                        row = " ".join(part[short].iloc[0]).strip()
+                        raise FileFormatError(
+                            f"{path}: the line of {row[:60]!r} has fewer fields than the header, which has {len(names)}. "
+                            "Is the file truncated?"
+                        )
+                    parts.append(part if keep is None else keep(part))
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as err:
+            raise FileFormatError(
+                f"{path} is no table with one header line and as many fields in each line: {err}"
+            ) from err
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=wanted, dtype=str)
 
 
-def _check_width(path: Path, width: int, comment: str | None) -> None:
-    """Raise if a line has fewer tab-separated fields than the header (pandas fills them up)."""
+def _check_width(path: Path, separator: str, width: int, comment: str | None) -> None:
+    """Raise if a line has fewer fields than the header (pandas fills them up), or more that are not empty."""
+    kind = "tab" if separator == "\t" else "comma"
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
-            if line.count("\t") < width - 1 and line.strip() and not (comment and line.startswith(comment)):
+            here = line.count(separator)
+            if here == width - 1 or not line.strip() or (comment and line.startswith(comment)):
+                continue
+            if kind == "comma" and '"' in line:  # the comma may belong to a field
+                continue
+            if here < width - 1 or line.rstrip(" \r\n" + separator).count(separator) > width - 1:
                 raise FileFormatError(
-                    f"{path}: line {number} has {line.count(chr(9)) + 1} tab-separated field(s), the header {width}. Is the "
-                    "file truncated?"
+                    f"{path}: line {number} has {here + 1} {kind}-separated field(s), the header {width}. Is the "
+                    "file truncated, or does its header not name the first column (row names)?"
                 )
 
 
