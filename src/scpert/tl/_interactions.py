@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import exp1
+from scipy.stats import norm
 
 from .. import _keys as K
 from .._checks import check_fraction, check_positive, listing
@@ -44,6 +46,7 @@ INTERACTION_THRESHOLDS = {
 }
 CLASSES = ("synergy", "suppression", "additive", "epistasis", "redundancy", "neomorphism")
 _SMALL = 256  # samples up to this size: all pairs at once is faster than sorting
+_HUBER = 2.5  # residuals beyond so many standard errors lose weight
 _LEAST = 1e-3  # coefficients below count as this in the dominance, which stays finite
 
 
@@ -279,10 +282,66 @@ def distance_correlation(x: np.ndarray, y: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------------------- one combination
 
 
-def _measures(X: np.ndarray, y: np.ndarray, subsets: np.ndarray, weighted: bool, full: bool) -> dict[str, float]:
+def _corrected(X: np.ndarray, y: np.ndarray, error: np.ndarray, multiple: float = 1.0) -> np.ndarray:
+    r"""Robust regression through the origin with errors of known covariance in all shifts.
+
+    With errors :math:`S_g` of the singles' and :math:`s_g` of their covariance with the combination's shift, and Huber's
+    weights :math:`w_g`,
+
+    .. math:: \Bigl(\sum_g w_g (x_g x_g^T - \kappa S_g)\Bigr) c = \sum_g w_g (x_g y_g - \kappa s_g)
+
+    has the noise-free coefficients as its expected solution (the classical correction for attenuation, Fuller 1987).
+    :math:`\kappa = E[w z^2] / E[w]` of a normal z accounts for weights that depend on the errors. The full
+    correction is meant for singles whose signal stands out: along each principal direction of the moments, relative to
+    the noise, with eigenvalue :math:`\lambda` (1: noise alone, with a standard error of :math:`\sqrt{2/n}` over n genes),
+    the share :math:`t^2 / (t^2 + 4)` of it is subtracted, :math:`t = (\lambda - 1) / \sqrt{2/n}`.
+
+    Parameters
+    ----------
+    X, y
+        Shifts ``(replicate, gene, k)`` and ``(replicate, gene)``, in units that make the errors alike.
+    error
+        Covariance of the errors of the k singles' and the combination's shift ``(gene, k + 1, k + 1)``.
+    multiple
+        Resampled data bear their errors twice: 2.
+
+    Returns
+    -------
+    Coefficients ``(replicate, k)``.
+    """
+    k, n = X.shape[2], X.shape[1]
+    inside = 2 * norm.cdf(_HUBER) - 1
+    kappa = multiple * inside / (inside + _HUBER * exp1(_HUBER**2 / 2) / sqrt(2 * np.pi))
+    S, s, own = error[:, :k, :k], error[:, :k, k], error[:, k, k]
+    weight = np.ones_like(y)
+    c = np.zeros((len(X), k))
+    for _ in range(50):
+        weighted = X * weight[..., None]
+        moment, cross = weighted.transpose(0, 2, 1) @ X, (weighted.transpose(0, 2, 1) @ y[..., None])[..., 0]
+        noise = kappa * np.einsum("bg,gij->bij", weight, S) + 1e-12 * np.eye(k)
+        root = np.linalg.inv(np.linalg.cholesky(noise))
+        signal, direction = np.linalg.eigh(root @ moment @ root.transpose(0, 2, 1))
+        to = direction.transpose(0, 2, 1) @ root  # whitens the noise and turns to the principal directions
+        t2 = np.maximum(signal - 1, 0.0) ** 2 * multiple**2 * n / 2
+        share = t2 / (t2 + 4)
+        turned = (to @ cross[..., None] - share[..., None] * (to @ (kappa * (weight @ s))[..., None])) / (
+            np.maximum(signal - share, 1e-12)[..., None]
+        )
+        following = (to.transpose(0, 2, 1) @ turned)[..., 0]
+        moved = np.abs(following - c).max()
+        c = following
+        if moved < 1e-5:
+            break
+        spread = own - 2 * c @ s.T + np.einsum("bi,gij,bj->bg", c, S, c)
+        residual = np.abs(y - (X @ c[..., None])[..., 0]) / np.sqrt(np.maximum(multiple * spread, 1e-12))
+        residual /= np.maximum(1.0, np.median(residual, axis=1, keepdims=True) / 0.6745)  # shifts that do not fit, too
+        weight = np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
+    return c
+
+
+def _measures(X: np.ndarray, y: np.ndarray, c: np.ndarray, full: bool = False) -> dict[str, float]:
     """All measures of one combination: ``X`` the singles' shifts ``(gene, k)``, ``y`` the combination's."""
     k = X.shape[1]
-    c = theil_sen(X, y, weighted=weighted, subsets=subsets, tolerance=1e-6 if full else 1e-4)
     out = {f"c{i + 1}": float(c[i]) for i in range(k)}
     out["magnitude"] = float(np.linalg.norm(c))
     out["model_fit"] = distance_correlation(X @ c, y) if np.isfinite(c).all() else np.nan
@@ -417,8 +476,8 @@ def genetic_interactions(
 
     .. math:: \delta_{ab} = c_1\,\delta_a + c_2\,\delta_b + \epsilon,
 
-    by Theil-Sen regression over the genes with a detectable shift, each divided by its
-    standard error. Dividing leaves every subset's solution as it is, but lets precise genes count more.
+    over the genes with a detectable shift, each divided by its standard error. Measured combinations: robust regression
+    corrected for the noise in the singles' shifts (Fuller 1987); predictions and effects: Theil-Sen.
 
     Parameters
     ----------
@@ -431,7 +490,7 @@ def genetic_interactions(
         What ``predict_perturbation`` returned: its combinations are analysed too. Their singles are taken from the data
         if measured there, else from the prediction.
     n_boot
-        Resamplings of cells (controls, singles and combination) for the limits; 0: none.
+        Resamplings for the limits, of cells (controls, singles and combination) or, for predictions, of genes; 0: none.
     layer, scale, library_size_key
         Where the values are, what they are, and the column with the full library size.
     genes
@@ -440,9 +499,10 @@ def genetic_interactions(
     min_zscore, min_genes
         See ``genes``.
     weighted, max_subsets
-        Theil-Sen solves small subsets of genes exactly and takes the spatial median of the solutions. A subset counts
-        by its absolute determinant, or, with ``weighted=False``, like any other: the plain estimator of the literature
-        (scikit-learn's), which noisy genes draw towards zero. Of more than ``max_subsets`` subsets so many are drawn.
+        With ``weighted=False`` measured combinations too are fitted by plain Theil-Sen, the estimator of the literature
+        (scikit-learn's), which noisy genes and noisy singles draw towards zero. It solves small subsets of genes exactly
+        and takes the spatial median of the solutions; predictions and effects otherwise count a subset by its absolute
+        determinant. Of more than ``max_subsets`` subsets so many are drawn.
     confidence
         Of the limits.
     thresholds
@@ -492,8 +552,8 @@ def genetic_interactions(
     :math:`m \le 0.75`; *epistasis*: dominance of at least 0.6 (one coefficient four times the other); *synergy*:
     :math:`m \ge 1.25`; *suppression*: :math:`m \le 0.75`; else *additive*.
 
-    Noise in the singles' shifts draws the coefficients towards zero, whatever the estimator: read them beside
-    ``n_cells``.
+    The correction is partial for singles that hardly stand out of their noise, whose coefficients stay drawn towards
+    zero: read them beside ``n_cells``. The page on interactions tells the coverage of the limits on simulated screens.
 
     Examples
     --------
@@ -538,15 +598,17 @@ def genetic_interactions(
         )
     known = set(screen.perturbations)
     lacking = {
-        p: [t for t in parse(p, control) if t not in known and (o == "measured" or t not in guessed)] for o, p in jobs
+        (o, p): [t for t in parse(p, control) if t not in known and (o == "measured" or t not in guessed)]
+        for o, p in jobs
     }
-    skipped = sorted(p for p, singles in lacking.items() if singles)
-    jobs = [(o, p) for o, p in jobs if not lacking[p]]
-    if not jobs:
+    skipped = sorted({p for (_, p), singles in lacking.items() if singles})
+    if len(without := [job for job in jobs if lacking[job]]) == len(jobs):
+        example = without[0]
         raise ScpertError(
-            f"No combination can be analysed: each lacks a single perturbation (such as {listing(skipped[:1])}, which lacks "
-            f"{listing(lacking[skipped[0]])}). Measure the singles, or pass predicted= with them."
+            f"No combination can be analysed: each lacks a single perturbation (such as {example[1]!r}, which lacks "
+            f"{listing(lacking[example])}). Measure the singles, or pass predicted= with them."
         )
+    jobs = [job for job in jobs if not lacking[job]]
     if skipped:
         logger.warning("genetic_interactions: %d combinations lack a single: %s", len(skipped), listing(skipped))
     shifts = _Shifts(screen, int(n_boot), random_state)
@@ -617,19 +679,38 @@ def _analyse(
     seed = np.random.default_rng([shifts.random_state, zlib.crc32(label.encode()), 1])
     subsets = _subsets(len(index), k, max_subsets, seed)
     scale = unit[index, None]
-    row: dict[str, Any] = _measures(X[index] / scale, y[index] / scale[:, 0], subsets, weighted, full=True)
+    Xs, ys = X[index] / scale, y[index] / scale[:, 0]
+    used = [shifts.row[p] for p in [*singles, label, control] if p in shifts.row]
+    error = None
+    if weighted and not shifts.effects and origin == "measured" and shifts.n[used].min() > 1:
+        variance = shifts.se2[used[: k + 1]][:, index] / scale[:, 0] ** 2
+        error = variance.T[:, :, None] * np.eye(k + 1) + (shifts.control_se2[index] / scale[:, 0] ** 2)[:, None, None]
+
+    def fit(Xb: np.ndarray, yb: np.ndarray, again: bool = True) -> np.ndarray:
+        """Coefficients of each replicate ``(replicate, k)``."""
+        if error is not None:
+            return _corrected(Xb, yb, error, 2.0 if again else 1.0)
+        tolerance = 1e-4 if again else 1e-6
+        return np.array(
+            [
+                theil_sen(Xi, yi, weighted=weighted, subsets=subsets, tolerance=tolerance)
+                for Xi, yi in zip(Xb, yb, strict=True)
+            ]
+        )
+
+    row: dict[str, Any] = _measures(Xs, ys, fit(Xs[None], ys[None], again=False)[0], full=True)
     kind = _classify(row, k, limits)
     n_cells = int(shifts.n[shifts.row[label]]) if origin == "measured" else 0
     row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(index))
     row.update({"class": kind, "class_confidence": np.nan})
-    if shifts.n_boot and here:
-        drawn = {t: shifts.resampled_shift(t)[:, index] for t in here}
-        combined = shifts.resampled_shift(label)[:, index] if origin == "measured" else None
-        replicates = []
-        for b in range(shifts.n_boot):
-            Xb = np.column_stack([drawn[t][b] if t in drawn else guessed[t][index] for t in singles])
-            yb = guessed[label][index] if combined is None else combined[b]
-            replicates.append(_measures(Xb / scale, yb / scale[:, 0], subsets, weighted, full=False))
+    if shifts.n_boot:
+        if origin == "measured":
+            Xb = np.stack([shifts.resampled_shift(t)[:, index] for t in singles], axis=2) / scale
+            yb = shifts.resampled_shift(label)[:, index] / scale[:, 0]
+        else:  # what was learned from the same cells does not vary independently of the singles: genes are drawn
+            genes = seed.integers(len(index), size=(shifts.n_boot, len(index)))
+            Xb, yb = Xs[genes], ys[genes]
+        replicates = [_measures(Xi, yi, c) for Xi, yi, c in zip(Xb, yb, fit(Xb, yb), strict=True)]
         turned = [{name: 2 * row[name] - r[name] for name in r} for r in replicates]  # as in the limits
         row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in turned]))
         tail = (1 - confidence) / 2
