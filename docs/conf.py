@@ -45,7 +45,8 @@ exclude_patterns = [
     "Thumbs.db",
     ".DS_Store",
 ]
-source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
+# autosummary writes its pages, which are reST, with the first of these suffixes
+source_suffix = {".rst": "restructuredtext", ".md": "myst-nb", ".ipynb": "myst-nb"}
 
 # Other projects' indices need the network, and a build has to work without it.
 if os.environ.get("READTHEDOCS") == "True":
@@ -77,6 +78,8 @@ bibtex_reference_style = "author_year"
 
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "html_image"]
 myst_heading_anchors = 4
+# UnknownTargetError is also exported by scpert.model: two addresses of one class
+suppress_warnings = ["ref.python"]
 nb_execution_mode = "off"
 nb_merge_streams = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
