@@ -120,13 +120,13 @@ def _order(part: pd.DataFrame, metric: str) -> list[str]:
 
 
 def _overview(board: pd.DataFrame) -> str:
-    tasks = {task: (_headline(part), part) for task, part in board.groupby("task", sort=False)}
+    tasks = {str(task): (_headline(part), part) for task, part in board.groupby("task", sort=False)}
     models = [m for m in dict.fromkeys(board["model"]) if m not in NAMES]
     cells: dict[str, dict[str, Any]] = {m: {} for m in models}
     for task, (metric, part) in tasks.items():
-        for row in part[part["metric"] == metric].itertuples():
-            if row.model in cells:
-                cells[row.model][task] = row
+        for scored in part[part["metric"] == metric].itertuples():
+            if scored.model in cells:
+                cells[str(scored.model)][str(task)] = scored
     mean = {m: np.mean([r.rank for r in cells[m].values()]) if cells[m] else np.inf for m in models}
     head = [
         "model",
@@ -134,6 +134,7 @@ def _overview(board: pd.DataFrame) -> str:
     ]
     empty = {t: _hopeless(part[part["metric"] == metric]) for t, (metric, part) in tasks.items()}
     rows = []
+    row: Any
     for model in sorted(models, key=lambda m: (mean[m], m)):
         line = [("", _title(model))]
         for task in tasks:
@@ -189,7 +190,7 @@ def _task(task: str, part: pd.DataFrame, questions: dict[str, str]) -> str:
     metric = _headline(part)
     shown = [metric, *[m for m in HEADLINES if m in set(part["metric"]) and m != metric]][:4]
     order = _order(part, metric)
-    row_of = {(r.model, r.metric): r for r in part.itertuples()}
+    row_of: dict[tuple[str, str], Any] = {(str(r.model), str(r.metric)): r for r in part.itertuples()}
     n = part["n"].max()
     about = [html.escape(questions.get(task, "")), "" if pd.isna(n) else f"{n:.0f} tested"]
     none = [m for m in dict.fromkeys(part["metric"]) if _hopeless(part[part["metric"] == m])]
