@@ -142,8 +142,18 @@ def outdated(app, env, added: set[str], changed: set[str], removed: set[str]) ->
     return ["index", "tutorials", "developer/index", "models/index"] if added or removed else []
 
 
+def prose_returns(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Returns in prose, without ``type`` and description: napoleon would take every line for a type."""
+    heads = [i for i in range(len(lines) - 1) if lines[i].strip() and set(lines[i + 1].strip()) == {"-"}]
+    for at, end in reversed(list(zip(heads, [*heads, len(lines)][1:], strict=True))):
+        body = lines[at + 2 : end]
+        if lines[at].strip() == "Returns" and body and not any(line.startswith(" ") for line in body):
+            lines[at + 2 : end] = [":", *("    " + line if line.strip() else "" for line in body)]
+
+
 def setup(app) -> None:
     """Connect the functions above."""
     copy_tutorials()
+    app.connect("autodoc-process-docstring", prose_returns, priority=400)
     app.connect("source-read", list_pages)
     app.connect("env-get-outdated", outdated)

@@ -157,3 +157,10 @@ def test_public_functions_have_an_example(package: str):
         if inspect.isfunction(thing) and not name.startswith(("add_arguments", "main")) and ">>>" not in text:
             lacking.append(name)
     assert not lacking
+
+
+def test_pages_of_the_api_are_read_as_what_they_are():
+    text = (DOCS / "conf.py").read_text(encoding="utf-8")
+    suffixes = re.search(r"^source_suffix = \{(.*)\}$", text, flags=re.M)
+    assert suffixes is not None
+    assert suffixes[1].startswith('".rst"'), "autosummary writes reST, in files with the first of the suffixes"
