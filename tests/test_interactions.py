@@ -305,3 +305,19 @@ def test_norman_doubles_agree_with_the_authors_fits():
     reference = fits.loc[table.index, ["ts_coef_first", "ts_coef_second"]].to_numpy()
     # all five names are in alphabetical order in the authors' table
     assert np.corrcoef(table[["c1", "c2"]].to_numpy().ravel(), reference.ravel())[0, 1] > 0.8
+
+
+def test_the_correction_undoes_what_known_noise_does_to_the_coefficients():
+    """Least squares on shifts with as much noise as signal is drawn to half of the truth; the correction is not."""
+    from scpert.tl._interactions import _corrected
+
+    rng = np.random.default_rng(0)
+    truth, n = np.array([1.0, 0.6]), 4000
+    clean = rng.standard_normal((20, n, 2))
+    X = clean + rng.standard_normal(clean.shape)
+    y = clean @ truth + rng.standard_normal(clean.shape[:2])
+    error = np.tile(np.eye(3), (n, 1, 1))
+    plain = np.array([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(X, y, strict=True)]).mean(axis=0)
+    np.testing.assert_allclose(plain, truth / 2, atol=0.02)
+    np.testing.assert_allclose(_corrected(X, y, error).mean(axis=0), truth, atol=0.05)
+    np.testing.assert_allclose(_corrected(clean, clean @ truth, 1e-9 * error), np.tile(truth, (20, 1)), atol=1e-4)
