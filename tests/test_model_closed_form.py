@@ -242,3 +242,18 @@ def test_no_change_predicts_no_change_also_of_genes_it_has_never_seen():
     assert not np.asarray(still.layers["delta"]).any()
     mean = fit("PerturbedMean", adata).predict_perturbation("unheard", on_unknown="mean")
     np.testing.assert_allclose(mean.layers["delta"][0], adata.X.mean(axis=0), atol=1e-6)
+
+
+def test_predictions_stand_on_the_mean_of_all_training_controls(monkeypatch, tmp_path):
+    adata = scpert.datasets.simulated(n_cells=400, n_genes=30, n_targets=4)
+    monkeypatch.setattr("scpert.model._base.MAX_REFERENCE_CELLS", 5)
+    scpert.model.PerturbedMean.setup_anndata(adata)
+    model = scpert.model.PerturbedMean(adata)
+    model.train()
+    assert len(model.reference_) == 5
+    label = model.labels_[0]
+    out = model.predict_perturbation(label)
+    np.testing.assert_allclose(out.X - out.layers["delta"], model.effects_.control_mean[None], atol=1e-5)
+    model.save(tmp_path / "model")
+    again = scpert.model.PerturbedMean.load(tmp_path / "model")
+    np.testing.assert_array_equal(again.predict_perturbation(label).X, out.X)

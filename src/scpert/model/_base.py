@@ -8,7 +8,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -359,12 +359,15 @@ class Reference:
         Codes, ``(cell, covariate)``.
     scale
         Scale of the values.
+    population
+        Mean log1p CP10k of all the cells that these are drawn from, ``(gene,)``; ``None``: these are all.
     """
 
     values: sparse.csr_matrix
     library: np.ndarray
     covariates: np.ndarray
     scale: str
+    population: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -376,7 +379,9 @@ class Reference:
 
     @cached_property
     def mean(self) -> np.ndarray:
-        """Mean log1p CP10k, float32 ``(gene,)``."""
+        """Mean log1p CP10k of the population, float32 ``(gene,)``: a sample's own mean would add its noise to every prediction."""
+        if self.population is not None:
+            return np.asarray(self.population, dtype=np.float32)
         return np.asarray(self.log1p.mean(axis=0), dtype=np.float32).ravel()
 
     def take(self, index: np.ndarray) -> Reference:
@@ -623,7 +628,7 @@ class PerturbationModel(BaseModel):
         rows = np.flatnonzero(mask & screen.is_control)
         if len(rows) > MAX_REFERENCE_CELLS:
             rows = np.sort(np.random.default_rng(random_state).choice(rows, MAX_REFERENCE_CELLS, replace=False))
-        self.reference_ = self._reference_from(screen, rows)
+        self.reference_ = replace(self._reference_from(screen, rows), population=self.effects_.control_mean)
 
     def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
         values = screen.rows(rows, normalised=False)
@@ -1184,7 +1189,8 @@ class PerturbationModel(BaseModel):
         )
         shape = (len(r["indptr"]) - 1, self.n_genes)
         values = sparse.csr_matrix((r["data"], r["indices"], r["indptr"]), shape=shape)
-        self.reference_ = Reference(values, r["library"], r["covariates"], self.scale_)
+        population = None if self.scale_ == K.SCALE_EFFECTS else self.effects_.control_mean
+        self.reference_ = Reference(values, r["library"], r["covariates"], self.scale_, population)
 
     def _summary(self) -> str:
         return f"{self.n_genes} genes, {len(self.labels_)} perturbations of {len(self.targets_)} targets, scope {self.scope!r}"

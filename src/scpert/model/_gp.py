@@ -1,16 +1,17 @@
-"""A closed-form predictor of unseen perturbations from prior knowledge: Gaussian process, smoother, amplitude, limits."""
+"""A closed-form predictor of unseen perturbations from prior knowledge: Gaussian process, local average, amplitude, limits."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import linalg, optimize
+from scipy import linalg, ndimage, optimize
 
 from .._checks import check_positive, listing
 from .._progress import progress
@@ -24,95 +25,158 @@ __all__ = ["KnowledgeGP"]
 
 logger = logging.getLogger("scpert")
 
-#: Rows on which kernel weights, noise and limits are learned; more training perturbations than that are sampled.
+#: Rows on which weights, noise and limits are learned; more training perturbations than that are sampled.
 MAX_LEARN = 1000
 #: Components kept when ``rank`` is not given.
 MAX_RANK = 150
+#: Folds of the training perturbations from which everything is learned; of few perturbations, twice as many.
+N_FOLDS = 5
 COVERAGE = 0.9
 _NOISE = np.geomspace(0.1, 1000.0, 25)
 #: Levels of noise that components share where every level costs a factorisation of all rows.
 MAX_LEVELS = 6
+#: Powers of a table's kernel in the local average.
+_POWERS = (1, 2, 4)
+#: Neighbouring components over which noise and gain are pooled.
+_WINDOW = 9
 
 
-def _inverse(A: np.ndarray) -> np.ndarray:
-    """Inverse of a symmetric positive definite matrix."""
-    factor = linalg.cholesky(A, lower=False, check_finite=False)
-    upper = linalg.lapack.dpotri(factor, lower=0)[0]
-    return np.triu(upper) + np.triu(upper, 1).T
+@dataclass
+class _Fold:
+    """Perturbations held out, and the others as they are seen without them.
+
+    Attributes
+    ----------
+    train, test
+        Rows.
+    centre, axes
+        Mean of the training rows, ``(gene,)``, and their principal axes, ``(component, gene)``.
+    scores
+        Training rows without the centre on the axes, ``(train, component)``.
+    rows
+        Observed rows that are held out, ``(test, gene)``.
+    noise
+        Relative noise of the training rows.
+    among, across
+        Kernels of the process among training rows and from held-out to training rows, ``(kernel, row, train)``.
+    near
+        Similarities of the local average, ``(similarity, test, train)``.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    centre: np.ndarray
+    axes: np.ndarray
+    scores: np.ndarray
+    rows: np.ndarray
+    noise: np.ndarray
+    among: np.ndarray
+    across: np.ndarray
+    near: np.ndarray
+
+    @cached_property
+    def target(self) -> np.ndarray:
+        """Held-out rows on the axes of the others, ``(test, component)``."""
+        return (self.rows - self.centre) @ self.axes.T
+
+    @cached_property
+    def squares(self) -> float:
+        """Sum of squares of the held-out rows around the others' mean."""
+        return float(((self.rows - self.centre) ** 2).sum())
+
+    @cached_property
+    def _lengths(self) -> tuple[np.ndarray, ...]:
+        rest = self.rows - self.centre
+        return (
+            self.rows @ self.axes.T, self.centre @ self.axes.T, self.rows @ self.centre,
+            np.linalg.norm(self.rows, axis=1) + 1e-12, np.linalg.norm(rest, axis=1) + 1e-12,
+        )  # fmt: skip
+
+    def loss(self, F: np.ndarray, total: float, n: int) -> tuple[float, np.ndarray]:
+        """Half the relative squared error plus two times 1 - cosine, of predicted scores, and its gradient in them.
+
+        ``total`` is the sum of squares and ``n`` the number of rows of all folds.
+        """
+        projected, offset, dot, length, rest = self._lengths
+        error = self.target - F
+        raw, raw_gradient = _alignment(F, offset, float(self.centre @ self.centre), projected, dot, length)
+        nothing, zeros = np.zeros(len(offset)), np.zeros(len(F))
+        own, own_gradient = _alignment(F, nothing, 0.0, self.target, zeros, rest)
+        share = len(F) / n
+        value = 0.5 * float((error**2).sum()) / total + share * (raw + own)
+        return value, -error / total + share * (raw_gradient + own_gradient)
 
 
 def _alignment(
     F: np.ndarray, offset: np.ndarray, offset2: float, target: np.ndarray, dot: np.ndarray, length: np.ndarray
-):
+) -> tuple[float, np.ndarray]:
     """1 - mean cosine of ``offset + F`` with the observed rows, and its gradient in ``F``."""
     n = len(F)
     size = np.sqrt(offset2 + 2 * F @ offset + (F**2).sum(axis=1) + 1e-6 * (F**2).sum() / n + 1e-12)
     inner = dot + (F * target).sum(axis=1)
-    loss = 1.0 - np.mean(inner / (size * length))
+    loss = 1.0 - float(np.mean(inner / (size * length)))
     gradient = -(target / (size * length)[:, None] - (inner / length / size**3)[:, None] * (F + offset)) / n
     return loss, gradient
 
 
-def learn_weights(
-    kernels: np.ndarray,
-    scores: np.ndarray,
-    rows: np.ndarray,
-    mean: np.ndarray,
-    axes: np.ndarray,
-    noise: np.ndarray,
-    steps: int = 30,
-) -> np.ndarray:
-    r"""Kernel weights with the least leave-one-out loss, by L-BFGS with an analytic gradient.
+def _totals(folds: list[_Fold]) -> tuple[float, int]:
+    return max(sum(f.squares for f in folds), 1e-30), sum(len(f.test) for f in folds)
 
-    The loss is the sum of the relative squared error, of 1 - mean cosine with the observed rows, and of the same after the
-    mean is subtracted from both, all of the closed-form leave-one-out predictions
-    :math:`r_i - [A^{-1}R]_i / [A^{-1}]_{ii}`, :math:`A = \sum_s \theta_s K_s + \mathrm{diag}(\text{noise})`.
 
-    Parameters
-    ----------
-    kernels
-        ``(kernel, row, row)``.
-    scores
-        Residual rows in the basis ``axes``, ``(row, component)``.
-    rows, mean
-        Observed rows ``(row, gene)`` and their mean ``(gene,)``.
-    axes
-        Orthonormal, ``(component, gene)``.
-    noise
-        Relative noise variance of each row, mean 1.
+def process_loss(log_theta: np.ndarray, folds: list[_Fold]) -> tuple[float, np.ndarray]:
+    r"""Loss of the Gaussian process on held-out rows, and its gradient in the logs of the kernel weights.
+
+    The rows of a fold are predicted by :math:`K_{fr} (K_{rr} + \mathrm{diag}\,\nu_r)^{-1} R_r` from the other rows r,
+    :math:`K = \sum_s \theta_s K_s`.
     """
-    J, n = len(kernels), len(scores)
-    total = (scores**2).sum() / n
-    projected, offset = rows @ axes.T, mean @ axes.T
-    dot, length = rows @ mean, np.linalg.norm(rows, axis=1) + 1e-12
-    rest = np.linalg.norm(rows - mean, axis=1) + 1e-12
-    nothing = np.zeros(scores.shape[1])
+    theta = np.exp(log_theta)
+    total, n = _totals(folds)
+    value, gradient = 0.0, np.zeros(len(theta))
+    for f in folds:
+        A = np.tensordot(theta, f.among, 1)
+        A[np.diag_indices(len(A))] += f.noise
+        factor = linalg.cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
+        alpha = linalg.cho_solve(factor, f.scores, check_finite=False)
+        across = np.tensordot(theta, f.across, 1)
+        part, G = f.loss(across @ alpha, total, n)
+        back = linalg.cho_solve(factor, across.T @ G, check_finite=False)
+        value += part
+        gradient += np.tensordot(f.across, G @ alpha.T, ([1, 2], [0, 1]))
+        gradient -= np.tensordot(f.among, back @ alpha.T, ([1, 2], [0, 1]))
+    return value, gradient * theta
 
-    def loss(log_theta: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = np.exp(log_theta)
-        A = np.tensordot(theta, kernels, 1)
-        A[np.diag_indices(n)] += noise
-        inverse = _inverse(A)
-        alpha, diagonal = inverse @ scores, np.diag(inverse)
-        error = alpha / diagonal[:, None]
-        F = scores - error
-        raw, raw_gradient = _alignment(F, offset, float(mean @ mean), projected, dot, length)
-        own, own_gradient = _alignment(F, nothing, 0.0, scores, np.zeros(n), rest)
-        value = 0.5 * (error**2).sum() / n / total + raw + own
-        by_error = error / n / total - raw_gradient - own_gradient
-        left = inverse @ (by_error / diagonal[:, None])
-        by_diagonal = (by_error * alpha).sum(axis=1) / diagonal**2
-        by_A = -(left @ alpha.T) + (inverse * by_diagonal) @ inverse
-        return value, np.tensordot(kernels, by_A, ([1, 2], [0, 1])) * theta
 
-    start = np.full(J, np.log(0.5 / J))
+def average_loss(log_weights: np.ndarray, folds: list[_Fold]) -> tuple[float, np.ndarray]:
+    """Loss of the local average on held-out rows, and its gradient in the logs of the weights; the last is the floor."""
+    weights = np.exp(log_weights)
+    total, n = _totals(folds)
+    value, gradient = 0.0, np.zeros(len(weights))
+    for f in folds:
+        S = np.tensordot(weights[:-1], f.near, 1)
+        size = S.sum(axis=1)[:, None] + weights[-1]
+        F = (S @ f.scores) / size
+        part, G = f.loss(F, total, n)
+        value += part
+        shrink = (G * F).sum(axis=1)[:, None] / size
+        gradient[:-1] += np.tensordot(f.near, (G @ f.scores.T) / size - shrink, ([1, 2], [0, 1]))
+        gradient[-1] -= shrink.sum()
+    return value, gradient * weights
+
+
+def _minimise(loss: Callable, folds: list[_Fold], start: np.ndarray, steps: int) -> np.ndarray:
+    bounds = [(-12.0, 9.0)] * len(start)
     found = optimize.minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[(-9.0, 5.0)] * J, options={"maxiter": steps}
+        loss, start, args=(folds,), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": steps}
     )
     return np.exp(found.x)
 
 
-def _smooth(similarity: np.ndarray, values: np.ndarray, mean: np.ndarray, floor: float) -> np.ndarray:
+def _pooled(values: np.ndarray) -> np.ndarray:
+    """Means over neighbouring components (last axis)."""
+    return ndimage.uniform_filter1d(values, _WINDOW, axis=-1, mode="nearest")
+
+
+def _smooth(similarity: np.ndarray, values: np.ndarray, mean: np.ndarray | float, floor: float) -> np.ndarray:
     """Mean of ``values`` weighted by similarity, the overall mean counting ``floor``."""
     total = similarity.sum(axis=1)[:, None] + floor
     return (similarity @ values + floor * mean) / total
@@ -133,10 +197,12 @@ class KnowledgeGP(KnowledgeModel):
         f_{\cdot k} \sim \mathcal N\big(0, \textstyle\sum_s \theta_s K_s\big), \quad
         \varepsilon_{pk} \sim \mathcal N(0, \sigma_k^2 \nu_p)
 
-    Kernel weights :math:`\theta`, the noise :math:`\sigma_k^2` of each component and all that follows come from closed-form
-    leave-one-out predictions of the training perturbations, never from others: a local average over similar genes is mixed in
-    with the share that fits best, the amplitude :math:`s_p` of a perturbation is predicted by the same average, and the limits
-    are the quantiles of the leave-one-out errors, relative to the predicted amplitude and the posterior variance.
+    A local average over similar genes, :math:`\sum_j S_{pj} \delta_j / (\sum_j S_{pj} + \phi)` with
+    :math:`S = \sum_s (\nu_{s1} K_s + \nu_{s2} K_s^2 + \nu_{s4} K_s^4)`, is mixed in. All weights, the floor :math:`\phi`, the
+    noise :math:`\sigma_k^2` and the gain of each component, the share of the mixture, the amplitude :math:`s_p` (predicted by
+    the same average) and the limits (quantiles of the errors, relative to the predicted amplitude and the posterior variance)
+    are learned from training perturbations that were held out in folds: axes, features and means of a fold come from its
+    other perturbations alone.
 
     Parameters
     ----------
@@ -177,9 +243,9 @@ class KnowledgeGP(KnowledgeModel):
     """
 
     _fitted = (
-        "singles_", "theta_", "axes_", "centre_", "scale_row_", "alpha_", "noise_row_", "noise_component_", "learn_", "inverse_",
-        "mix_", "power_", "floor_", "amplitude_", "low_", "high_", "gene_sd_", "spread_", "quantile_", "loo_", "interaction_",
-        "kernel_names_",
+        "singles_", "theta_", "similarity_weights_", "axes_", "centre_", "scale_row_", "alpha_", "scores_", "noise_row_",
+        "noise_component_", "gain_", "learn_", "inverse_", "mix_", "floor_", "amplitude_", "low_", "high_", "gene_sd_", "spread_",
+        "quantile_", "held_out_", "interaction_", "kernel_names_",
     )  # fmt: skip
 
     def __init__(
@@ -209,13 +275,16 @@ class KnowledgeGP(KnowledgeModel):
 
     @cached_property
     def _weighted(self) -> dict[str, GeneFeatures]:
-        """The tables, features weighted by the coherence of the training effects."""
+        """The tables, features weighted by the coherence of all training effects."""
         if len(self.singles_) == 0 or len(self.axes_) == 0:
             return self._used
         e = self.effects_
-        residual = e.delta[[e.singles[t] for t in self.singles_]] / self.scale_row_[:, None] - self.centre_
-        unit = residual @ self.axes_.T / np.maximum(np.linalg.norm(residual, axis=1), 1e-12)[:, None]
-        return {name: f.coherent(list(self.singles_), unit) for name, f in self._used.items()}
+        rows = e.delta[[e.singles[t] for t in self.singles_]] / self.scale_row_[:, None]
+        return self._coherent(list(self.singles_), rows - self.centre_, self.axes_)
+
+    def _coherent(self, names: list[str], residual: np.ndarray, axes: np.ndarray) -> dict[str, GeneFeatures]:
+        unit = residual @ axes.T / np.maximum(np.linalg.norm(residual, axis=1), 1e-12)[:, None]
+        return {name: f.coherent(names, unit) for name, f in self._used.items()}
 
     @property
     def _own(self) -> GeneFeatures:
@@ -236,19 +305,32 @@ class KnowledgeGP(KnowledgeModel):
     def _informed(self, target: str) -> bool:
         return super()._informed(target) or (self.coexpression and target in self._own.known)
 
-    def _stack(self, a: list[str], b: list[str]) -> np.ndarray:
-        """All kernels between two sets of genes, ``(kernel, a, b)``; the last is constant."""
-        out = []
-        for f in self._tables:
-            k = f.kernel(a, b)
-            out += [k, k**2]
-        out.append(np.ones((len(a), len(b))))
-        return np.stack(out)
+    def _kernels(self, a: list[str], b: list[str], tables: list[GeneFeatures] | None = None) -> list[np.ndarray]:
+        return [f.kernel(a, b) for f in (self._tables if tables is None else tables)]
 
-    def _similarity(self, stack: np.ndarray) -> np.ndarray:
-        """Non-negative similarity of the local average, from the weighted kernels but the constant one."""
-        weight = self.theta_[:-1] / max(self.theta_[:-1].sum(), 1e-12)
-        return np.maximum(np.tensordot(weight, stack[:-1], 1), 0.0) ** self.power_
+    def _process_kernel(self, kernels: list[np.ndarray]) -> np.ndarray:
+        """Weighted sum of the kernels, their squares and the constant one."""
+        total = np.full_like(kernels[0], self.theta_[-1])
+        for j, k in enumerate(kernels):
+            total += self.theta_[2 * j] * k + self.theta_[2 * j + 1] * k**2
+        return total
+
+    def _similarity(self, kernels: list[np.ndarray]) -> np.ndarray:
+        """Similarity of the local average: weighted powers of what is positive in the kernels."""
+        weights = self.similarity_weights_.reshape(len(kernels), len(_POWERS))
+        total = np.zeros_like(kernels[0])
+        for k, row in zip(kernels, weights, strict=True):
+            positive = np.maximum(k, 0.0)
+            for power, weight in zip(_POWERS, row, strict=True):
+                total += weight * positive**power
+        return total
+
+    def _prior(self, genes: list[str]) -> np.ndarray:
+        """Prior variance of the process, ``(gene,)``: a kernel is 1 for a known gene with itself."""
+        total = np.full(len(genes), self.theta_[-1])
+        for j, f in enumerate(self._tables):
+            total += self.theta_[2 * j : 2 * j + 2].sum() * np.array([g in f.known for g in genes])
+        return total
 
     # ------------------------------------------------------------------------------------------ fit
 
@@ -256,7 +338,7 @@ class KnowledgeGP(KnowledgeModel):
         e = self.effects_
         self.singles_ = np.array([t for t in sorted(e.singles) if self._informed(t)], dtype=object)
         self.low_, self.high_ = e.delta.min(axis=0), e.delta.max(axis=0)
-        self.loo_ = np.zeros((0, self.n_genes), dtype=np.float32)
+        self.held_out_ = np.zeros((0, self.n_genes), dtype=np.float32)
         self._reset()
         if len(self.singles_) >= 3:
             self._fit_process(e.delta[[e.singles[t] for t in self.singles_]].astype(np.float64))
@@ -276,10 +358,12 @@ class KnowledgeGP(KnowledgeModel):
             dtype=object,
         )
         self.theta_ = np.zeros(len(self.kernel_names_))
+        self.similarity_weights_ = np.zeros(len(self.kernel_names_) // 2 * len(_POWERS))
         self.axes_, self.centre_ = np.zeros((0, g)), np.zeros(g)
         self.scale_row_, self.noise_row_, self.noise_component_ = np.ones(0), np.ones(0), np.ones(0)
         self.alpha_, self.inverse_, self.learn_ = np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, dtype=np.int64)
-        self.mix_, self.power_, self.floor_ = 1.0, 1.0, 0.1
+        self.scores_, self.gain_ = np.zeros((0, 0)), np.ones(0)
+        self.mix_, self.floor_ = 1.0, 0.1
         self.amplitude_ = np.array([1.0, 0.0])
         self.gene_sd_, self.spread_, self.quantile_ = np.ones(g), np.array([1.0, 0.0, 0.0]), np.ones(g)
 
@@ -316,67 +400,103 @@ class KnowledgeGP(KnowledgeModel):
         residual = rows - self.centre_
         rng = np.random.default_rng(self.random_state_)
         self.learn_ = np.arange(n) if n <= MAX_LEARN else np.sort(rng.choice(n, MAX_LEARN, replace=False))
-        self.axes_ = _principal_axes(residual, min(self.rank or MAX_RANK, n - 1, delta.shape[1]), rng)
+        self.axes_ = self._axes(residual, rng)
         self.__dict__.pop("_weighted", None)
-        scores = residual @ self.axes_.T
+        self.scores_ = scores = residual @ self.axes_.T
         self.noise_row_ = self._row_noise((residual**2).sum(axis=1), self.scale_row_)
-
-        L = self.learn_
-        names = list(self.singles_)
-        small = [names[i] for i in L]
-        stack = self._stack(small, small)
-        scale = max(float(np.sqrt((scores**2).sum() / n)), 1e-12)
-        if scale <= 1e-9:
+        if np.sqrt((scores**2).sum() / n) <= 1e-9:
             self.singles_ = self.singles_[:0]
             return
-        self.theta_ = learn_weights(
-            stack, scores[L] / scale, rows[L] / scale, self.centre_ / scale, self.axes_, self.noise_row_[L]
-        )
+        names = list(self.singles_)
+        L = self.learn_
+        folds = self._folds(names, rows, rng)
+        n_kernels = len(folds[0].across)
+        self.theta_ = _minimise(process_loss, folds, np.full(n_kernels, np.log(0.5 / n_kernels)), steps=30)
+        n_near = len(folds[0].near)
+        learned = _minimise(average_loss, folds, np.append(np.full(n_near, -np.log(n_near)), 0.0), steps=60)
+        self.similarity_weights_, self.floor_ = learned[:-1], float(learned[-1])
+        process, average, variance = self._held_out_scores(folds, len(_NOISE) if len(L) == n else MAX_LEVELS)
+
+        kernel = self._process_kernel(self._kernels([names[i] for i in L], [names[i] for i in L]))
         root = np.sqrt(self.noise_row_[L])
-        whitened = np.tensordot(self.theta_, stack, 1) / np.outer(root, root)
-        values, vectors = np.linalg.eigh(whitened)
+        values, vectors = np.linalg.eigh(kernel / np.outer(root, root))
         values = np.maximum(values, 0.0)
-        rotated = vectors.T @ (scores[L] / root[:, None])
-        loo, choice = self._component_noise(values, vectors, rotated, root, len(_NOISE) if len(L) == n else MAX_LEVELS)
-        self.noise_component_ = _NOISE[choice]
         if len(L) == n:
-            inner = rotated / (values[:, None] + self.noise_component_)
+            inner = (vectors.T @ (scores / root[:, None])) / (values[:, None] + self.noise_component_)
             self.alpha_ = (vectors @ inner) / root[:, None]
         else:
             self.alpha_ = self._solve_all(names, scores)
         level = float(np.median(self.noise_component_))
         self.inverse_ = ((vectors / (values + level)) @ vectors.T) / np.outer(root, root)
-        self._fit_rest(delta[L], rows[L], amplitude[L], stack, scores[L] - loo)
+        self._fit_rest(delta, folds, process, average, variance, amplitude)
 
-    def _component_noise(
-        self,
-        values: np.ndarray,
-        vectors: np.ndarray,
-        rotated: np.ndarray,
-        root: np.ndarray,
-        n_levels: int = len(_NOISE),
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Leave-one-out errors ``(row, component)`` at the best noise of each component, and which that is.
+    def _axes(self, residual: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return _principal_axes(residual, min(self.rank or MAX_RANK, len(residual) - 1, residual.shape[1]), rng)
 
-        At most ``n_levels`` different levels are used, added one by one as they reduce the summed error most.
+    def _folds(self, names: list[str], rows: np.ndarray, rng: np.random.Generator) -> list[_Fold]:
+        """The rows to learn from in folds; nothing in a fold has seen the effects that it holds out."""
+        learn = self.learn_
+        n_folds = min(len(learn), N_FOLDS if len(learn) > 200 else 2 * N_FOLDS)
+        folds = []
+        for part in np.array_split(rng.permutation(len(learn)), n_folds):
+            test, train = np.sort(learn[part]), np.sort(np.delete(learn, part))
+            centre = rows[train].mean(axis=0)
+            residual = rows[train] - centre
+            axes = self._axes(residual, rng)
+            known, hidden = [names[i] for i in train], [names[i] for i in test]
+            features = self._coherent(known, residual, axes) if self.coherence else self._used
+            tables = [*features.values(), *([self._own] if self.coexpression else [])]
+            among, across = self._kernels(known, known, tables), self._kernels(hidden, known, tables)
+
+            def process(kernels: list[np.ndarray]) -> np.ndarray:
+                return np.stack([*(k**p for k in kernels for p in (1, 2)), np.ones_like(kernels[0])])
+
+            folds.append(
+                _Fold(
+                    train=train,
+                    test=test,
+                    centre=centre,
+                    axes=axes,
+                    scores=residual @ axes.T,
+                    rows=rows[test],
+                    noise=self.noise_row_[train],
+                    among=process(among),
+                    across=process(across),
+                    near=np.stack([np.maximum(k, 0.0) ** p for k in across for p in _POWERS]),
+                )
+            )
+        return folds
+
+    def _held_out_scores(
+        self, folds: list[_Fold], n_levels: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """Scores of the held-out rows of each fold by the process and by the average, and the process's variances.
+
+        Sets the noise of every component: of ``_NOISE`` the level with the least error in the component and its neighbours.
         """
-        errors = []
-        for noise in _NOISE:
-            h = 1.0 / (values + noise)
-            errors.append((vectors @ (h[:, None] * rotated)) / ((vectors**2) @ h)[:, None] * root[:, None])
-        stacked = np.stack(errors)
-        losses = (stacked**2).mean(axis=1)
-        if n_levels < len(_NOISE):
-            kept: list[int] = []
-            best = np.full(losses.shape[1], np.inf)
-            for _ in range(n_levels):
-                kept.append(int(np.minimum(losses, best).sum(axis=1).argmin()))
-                best = np.minimum(best, losses[kept[-1]])
-            levels = np.unique(kept)
-            choice = levels[losses[levels].argmin(axis=0)]
-        else:
-            choice = losses.argmin(axis=0)
-        return stacked[choice, :, np.arange(len(choice))].T, choice
+        rank = min(f.scores.shape[1] for f in folds)
+        errors = np.zeros((len(_NOISE), rank))
+        parts = []
+        for f in folds:
+            root = np.sqrt(f.noise)
+            values, vectors = np.linalg.eigh(np.tensordot(self.theta_, f.among, 1) / np.outer(root, root))
+            values = np.maximum(values, 0.0)
+            left = (np.tensordot(self.theta_, f.across, 1) / root) @ vectors
+            rotated = vectors.T @ (f.scores / root[:, None])
+            parts.append((values, left, rotated))
+            for i, noise in enumerate(_NOISE):
+                errors[i] += ((f.target - (left / (values + noise)) @ rotated)[:, :rank] ** 2).sum(axis=0)
+        noise = _NOISE[_levels(_pooled(errors), n_levels)]
+        self.noise_component_ = np.append(noise, np.full(len(self.axes_) - rank, noise[-1]))
+        median = float(np.median(self.noise_component_))
+        process, average, variance = [], [], np.zeros(len(self.singles_))
+        for f, (values, left, rotated) in zip(folds, parts, strict=True):
+            process.append(left @ (rotated / (values[:, None] + self.noise_component_[: f.scores.shape[1]])))
+            S = np.tensordot(self.similarity_weights_, f.near, 1)
+            average.append(_smooth(S, f.scores, 0.0, self.floor_))
+            prior = self._prior([self.singles_[i] for i in f.test])
+            variance[f.test] = prior - ((left**2) / (values + median)).sum(axis=1)
+        return process, average, np.maximum(variance, 0.0)
 
     def _solve_all(self, names: list[str], scores: np.ndarray) -> np.ndarray:
         """Dual coefficients for all rows, by one Cholesky factor per level of noise."""
@@ -385,7 +505,7 @@ class KnowledgeGP(KnowledgeModel):
         step = 1024
         for start in range(0, n, step):
             part = names[start : start + step]
-            A[start : start + step] = np.tensordot(self.theta_, self._stack(part, names), 1)
+            A[start : start + step] = self._process_kernel(self._kernels(part, names))
         A = 0.5 * (A + A.T)
         alpha = np.zeros_like(scores)
         for level in progress(
@@ -399,51 +519,55 @@ class KnowledgeGP(KnowledgeModel):
         return alpha
 
     def _fit_rest(
-        self, delta: np.ndarray, rows: np.ndarray, amplitude: np.ndarray, stack: np.ndarray, loo_scores: np.ndarray
+        self,
+        delta: np.ndarray,
+        folds: list[_Fold],
+        process: list[np.ndarray],
+        average: list[np.ndarray],
+        variance: np.ndarray,
+        amplitude: np.ndarray,
     ) -> None:
-        """Local average, amplitude and limits, from leave-one-out predictions of the learning rows."""
+        """Mixture, gain, amplitude and limits, from the held-out rows."""
+        best = -np.inf
+        for mix in np.linspace(0.0, 1.0, 11):
+            value = 0.0
+            for f, g, a in zip(folds, process, average, strict=True):
+                deviation = (mix * g + (1 - mix) * a) @ f.axes
+                value += len(f.test) * _mean_cosine(deviation + f.centre, f.rows)
+                value += len(f.test) * _mean_cosine(deviation, f.rows - f.centre)
+            if value > best + 1e-9:
+                best, self.mix_ = value, float(mix)
+        scores = [self.mix_ * g + (1 - self.mix_) * a for g, a in zip(process, average, strict=True)]
+        self.gain_ = _gain(scores, [f.target for f in folds], len(self.axes_))
+
         n = len(delta)
-        process = self.centre_ + loo_scores @ self.axes_
-        flat = self.centre_ + ((rows - self.centre_) @ self.axes_.T) @ self.axes_
-        best = (-np.inf, 1.0, 1.0, 0.1)
-        mean = delta.mean(axis=0)
-        for power in (1.0, 2.0):
-            self.power_ = power
-            S = self._similarity(stack)
-            S[np.diag_indices(n)] = 0.0
-            floor = 0.1 * float(np.median(S.sum(axis=1))) / 10
-            local = _smooth(S, flat, self.centre_, max(floor, 1e-6))
-            for mix in (0.25, 0.5, 0.75, 1.0):
-                D = mix * process + (1 - mix) * local
-                value = _mean_cosine(D, rows) + _mean_cosine(D - self.centre_, rows - self.centre_)
-                if value > best[0] + 1e-6:
-                    best = (value, power, mix, max(floor, 1e-6))
-        _, self.power_, self.mix_, self.floor_ = best
-        S = self._similarity(stack)
-        S[np.diag_indices(n)] = 0.0
-        D = self.mix_ * process + (1 - self.mix_) * _smooth(S, flat, self.centre_, self.floor_)
-        size = _smooth(S, amplitude[:, None], np.array([amplitude.mean()]), self.floor_)[:, 0]
-        self.amplitude_ = _amplitude_weights(D, size, delta, amplitude)
-        predicted = np.clip((self.amplitude_[0] + self.amplitude_[1] * size)[:, None] * D, self.low_, self.high_)
-        error = delta - predicted
-        prior = np.diag(np.tensordot(self.theta_, stack, 1))
-        variance = np.maximum(1.0 / np.diag(self.inverse_) - float(np.median(self.noise_component_)), 0.0)
+        direction, size = np.zeros_like(delta), np.zeros(n)
+        for f, F in zip(folds, scores, strict=True):
+            direction[f.test] = f.centre + (F * self.gain_[: F.shape[1]]) @ f.axes
+            S = np.tensordot(self.similarity_weights_, f.near, 1)
+            size[f.test] = _smooth(S, amplitude[f.train][:, None], amplitude[f.train].mean(), self.floor_)[:, 0]
+        L = self.learn_
+        self.amplitude_ = _amplitude_weights(direction[L], size[L], delta[L], amplitude[L])
+        self.held_out_ = np.tile(delta.mean(axis=0), (n, 1)).astype(np.float32)
+        predicted = np.clip(self._scaled(direction[L], size[L]), self.low_, self.high_)
+        self.held_out_[L] = predicted
+
+        error = delta[L] - predicted
         self.gene_sd_ = np.sqrt(np.maximum((error**2).mean(axis=0), 1e-20))
         relative = ((error / self.gene_sd_) ** 2).mean(axis=1)
-        features = np.column_stack([np.ones(n), size**2, size**2 * np.minimum(variance, prior)])
+        features = _spread_features(size[L], variance[L])
         self.spread_ = optimize.nnls(features / relative[:, None].clip(0.1), relative / relative.clip(0.1))[0]
         if not self.spread_.any():
             self.spread_ = np.array([1.0, 0.0, 0.0])
         sd = np.sqrt(np.maximum(features @ self.spread_, 1e-6))[:, None] * self.gene_sd_
         ratio = np.abs(error) / sd
-        level = min(1.0, COVERAGE * (n + 1) / n)
+        level = min(1.0, COVERAGE * (len(L) + 1) / len(L))
         pooled = float(np.quantile(ratio, level))
-        self.quantile_ = np.quantile(ratio, level, axis=0) if n >= 200 else np.full(delta.shape[1], pooled)
-        self.loo_ = np.zeros((len(self.singles_), delta.shape[1]), dtype=np.float32)
-        self.loo_[self.learn_] = predicted
-        rest = np.setdiff1d(np.arange(len(self.singles_)), self.learn_)
-        self.loo_[rest] = mean
-        del mean
+        self.quantile_ = np.quantile(ratio, level, axis=0) if len(L) >= 200 else np.full(delta.shape[1], pooled)
+
+    def _scaled(self, direction: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Direction times the amplitude that its predicted size stands for."""
+        return np.maximum(self.amplitude_[0] + self.amplitude_[1] * size, 0.0)[:, None] * direction
 
     # ------------------------------------------------------------------------------------------ combinations
 
@@ -499,24 +623,19 @@ class KnowledgeGP(KnowledgeModel):
         names = list(self.singles_)
         if not names:
             return np.tile(e.mean, (len(targets), 1)), np.full((len(targets), self.n_genes), np.nan)
-        rows = e.delta[[e.singles[t] for t in names]] / self.scale_row_[:, None]
-        flat = self.centre_ + ((rows - self.centre_) @ self.axes_.T) @ self.axes_
         amplitude = self.scale_row_**2
         shift = np.empty((len(targets), self.n_genes))
         sd = np.empty_like(shift)
         for start in range(0, len(targets), 256):
             part = targets[start : start + 256]
-            stack = self._stack(part, names)
-            cross = np.tensordot(self.theta_, stack, 1)
-            S = self._similarity(stack)
-            D = self.centre_ + (cross @ self.alpha_) @ self.axes_
-            D = self.mix_ * D + (1 - self.mix_) * _smooth(S, flat, self.centre_, self.floor_)
-            size = _smooth(S, amplitude[:, None], np.array([amplitude.mean()]), self.floor_)[:, 0]
-            shift[start : start + 256] = (self.amplitude_[0] + self.amplitude_[1] * size)[:, None] * D
-            prior = np.array([float(self.theta_ @ self._stack([t], [t])[:, 0, 0]) for t in part])
+            kernels = self._kernels(part, names)
+            cross, S = self._process_kernel(kernels), self._similarity(kernels)
+            scores = self.mix_ * (cross @ self.alpha_) + (1 - self.mix_) * _smooth(S, self.scores_, 0.0, self.floor_)
+            size = _smooth(S, amplitude[:, None], amplitude.mean(), self.floor_)[:, 0]
+            shift[start : start + 256] = self._scaled(self.centre_ + (scores * self.gain_) @ self.axes_, size)
             near = cross[:, self.learn_]
-            variance = np.clip(prior - np.einsum("ij,jk,ik->i", near, self.inverse_, near, optimize=True), 0.0, prior)
-            features = np.column_stack([np.ones(len(part)), size**2, size**2 * variance])
+            variance = self._prior(part) - np.einsum("ij,jk,ik->i", near, self.inverse_, near, optimize=True)
+            features = _spread_features(size, np.maximum(variance, 0.0))
             sd[start : start + 256] = np.sqrt(np.maximum(features @ self.spread_, 1e-6))[:, None] * self.gene_sd_
         return np.clip(shift, self.low_, self.high_), sd
 
@@ -559,7 +678,7 @@ class KnowledgeGP(KnowledgeModel):
         return Prediction(delta, std, lower, upper, fallback)
 
     def _posterior(self, target: str) -> tuple[np.ndarray, np.ndarray]:
-        """Own effect of a trained target, shrunk by its standard errors to the leave-one-out prediction."""
+        """Own effect of a trained target, shrunk by its standard errors to what is predicted without it."""
         e = self.effects_
         row = e.singles[target]
         own, error = e.delta[row].astype(np.float64), e.std_error[row].astype(np.float64)
@@ -569,7 +688,7 @@ class KnowledgeGP(KnowledgeModel):
         prior2 = np.maximum(self.gene_sd_**2 - np.nanmedian(e.std_error**2, axis=0), 0.1 * self.gene_sd_**2)
         error2 = np.where(np.isfinite(error), error**2, 0.0)
         weight = prior2 / (prior2 + error2)
-        return weight * own + (1 - weight) * self.loo_[where[0]], np.sqrt(weight * error2)
+        return weight * own + (1 - weight) * self.held_out_[where[0]], np.sqrt(weight * error2)
 
     # ------------------------------------------------------------------------------------------ explanation
 
@@ -586,8 +705,9 @@ class KnowledgeGP(KnowledgeModel):
         Returns
         -------
         DataFrame with columns ``target``, ``training`` (training perturbation), ``kernel`` (name of the table; ``constant`` for
-        what all genes of the tables share), ``similarity`` (kernel value), ``weight`` (kernel weight times similarity) and
-        ``share``: contribution to the process's deviation from the mean, projected on it; the shares of a target sum to 1.
+        what all genes of the tables share), ``similarity`` (kernel value), ``weight`` (weight in the process and in the local
+        average, mixed as the model mixes them) and ``share``: contribution to the predicted deviation from the mean, projected
+        on it; the shares of a target sum to 1.
 
         Raises
         ------
@@ -606,27 +726,34 @@ class KnowledgeGP(KnowledgeModel):
                 tuple(missing or targets),
             )
         names = list(self.singles_)
+        labels = [f.name for f in self._tables] + ["constant"]
+        weights = self.similarity_weights_.reshape(len(labels) - 1, len(_POWERS))
+        use = np.array([[n != t for n in names] for t in targets])
         blocks = []
-        for t in targets:
-            stack = self._stack([t], names)[:, 0]  # (kernel, training)
-            use = np.array([n != t for n in names])
-            parts = (self.theta_[:, None] * stack) * use
-            deviation = parts.sum(axis=0) @ self.alpha_
-            inner = self.alpha_ @ deviation
-            share = parts * inner / max(float(deviation @ deviation), 1e-30)
-            n_kernels = len(self._tables)
-            labels = [f.name for f in self._tables] + ["constant"]
-            for j in range(n_kernels + 1):
-                pick = [2 * j, 2 * j + 1] if j < n_kernels else [len(stack) - 1]
+        for i, t in enumerate(targets):
+            kernels = self._kernels([t], names)
+            S = self._similarity(kernels)
+            scores = self.mix_ * self.alpha_, (1 - self.mix_) * self.scores_ / (S.sum() + self.floor_)
+
+            parts = []  # of each kernel: its weights on the rows of the process and of the average
+            for j, k in enumerate(kernels):
+                positive = np.maximum(k[0], 0.0)
+                near = sum((w * positive**p for p, w in zip(_POWERS, weights[j], strict=True)), np.zeros(len(names)))
+                parts.append((self.theta_[2 * j] * k[0] + self.theta_[2 * j + 1] * k[0] ** 2, near, k[0]))
+            parts.append((np.full(len(names), self.theta_[-1]), np.zeros(len(names)), np.ones(len(names))))
+            parts = [(process * use[i], near * use[i], k) for process, near, k in parts]
+            deviation = sum(process @ scores[0] + near @ scores[1] for process, near, _ in parts) * self.gain_
+            inner = [s @ (self.gain_ * deviation) / max(float(deviation @ deviation), 1e-30) for s in scores]
+            for label, (process, near, k) in zip(labels, parts, strict=True):
                 blocks.append(
                     pd.DataFrame(
                         {
                             "target": t,
                             "training": names,
-                            "kernel": labels[j],
-                            "similarity": stack[pick[0]],
-                            "weight": parts[pick].sum(axis=0),
-                            "share": share[pick].sum(axis=0),
+                            "kernel": label,
+                            "similarity": k,
+                            "weight": self.mix_ * process + (1 - self.mix_) * near / (S.sum() + self.floor_),
+                            "share": process * inner[0] + near * inner[1],
                         }
                     )
                 )
@@ -639,13 +766,30 @@ class KnowledgeGP(KnowledgeModel):
         return table.sort_values("target", kind="stable").reset_index(drop=True)
 
     def kernel_weights(self) -> pd.DataFrame:
-        """Learned weight of every table: its kernel and the squared one, and the share of the prior variance."""
+        """Learned weights of every table.
+
+        Returns
+        -------
+        DataFrame, table as index: ``kind``; ``linear`` and ``squared``, weights of its kernel and the squared one in the Gaussian
+        process; ``average``, its share of the similarity among the training perturbations in the local average; ``share``, of
+        both, mixed as the model mixes them. The process's part of it is that of the prior variance.
+        """
         self._check_trained()
-        rows = [(f.name, f.kind, *self.theta_[2 * j : 2 * j + 2]) for j, f in enumerate(self._tables)]
+        tables = self._tables
+        learned = [self.singles_[i] for i in self.learn_] if len(self.singles_) else []
+        weights = self.similarity_weights_.reshape(len(tables), len(_POWERS))
+        near = np.zeros(len(tables) + 1)
+        for j, f in enumerate(tables):
+            k = np.maximum(f.kernel(learned, learned), 0.0)
+            k[np.diag_indices(len(k))] = 0.0
+            near[j] = sum(float(w * (k**p).sum()) for p, w in zip(_POWERS, weights[j], strict=True))
+        rows = [(f.name, f.kind, *self.theta_[2 * j : 2 * j + 2]) for j, f in enumerate(tables)]
         rows.append(("constant", "constant", self.theta_[-1], 0.0))
         out = pd.DataFrame(rows, columns=["table", "kind", "linear", "squared"]).set_index("table")
-        total = out[["linear", "squared"]].to_numpy().sum(axis=1)
-        return out.assign(share=total / max(total.sum(), 1e-30))
+        prior = out[["linear", "squared"]].to_numpy().sum(axis=1)
+        out["average"] = near / max(near.sum(), 1e-30)
+        share = self.mix_ * prior / max(prior.sum(), 1e-30) + (1 - self.mix_) * out["average"]
+        return out.assign(share=share)
 
 
 def _principal_axes(residual: np.ndarray, rank: int, rng: np.random.Generator) -> np.ndarray:
@@ -659,13 +803,43 @@ def _principal_axes(residual: np.ndarray, rank: int, rng: np.random.Generator) -
     return np.linalg.svd(q.T @ residual, full_matrices=False)[2][:rank]
 
 
+def _levels(losses: np.ndarray, n_levels: int) -> np.ndarray:
+    """Best row of ``losses`` for each column; at most ``n_levels`` rows, added one by one as they reduce the sum most."""
+    if n_levels >= len(losses):
+        return losses.argmin(axis=0)
+    kept: list[int] = []
+    best = np.full(losses.shape[1], np.inf)
+    for _ in range(n_levels):
+        kept.append(int(np.minimum(losses, best).sum(axis=1).argmin()))
+        best = np.minimum(best, losses[kept[-1]])
+    levels = np.unique(kept)
+    return levels[losses[levels].argmin(axis=0)]
+
+
+def _gain(scores: list[np.ndarray], target: list[np.ndarray], rank: int) -> np.ndarray:
+    """Slope of the held-out scores on the predicted ones for each component, shrunk to the overall slope; in [0, 2]."""
+    shared = min(F.shape[1] for F in scores)
+    cross = sum((F * T)[:, :shared].sum(axis=0) for F, T in zip(scores, target, strict=True))
+    square = sum((F**2)[:, :shared].sum(axis=0) for F in scores)
+    overall = cross.sum() / max(square.sum(), 1e-30)
+    prior = 0.1 * square.mean() + 1e-30
+    gain = np.clip((_pooled(cross) + prior * overall) / (_pooled(square) + prior), 0.0, 2.0)
+    return np.append(gain, np.full(rank - shared, gain[-1]))
+
+
+def _spread_features(size: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """What the variance of a prediction is linear in: a constant, the squared amplitude, and this times the process's variance."""
+    return np.column_stack([np.ones(len(size)), size**2, size**2 * variance])
+
+
 def _amplitude_weights(D: np.ndarray, size: np.ndarray, delta: np.ndarray, amplitude: np.ndarray) -> np.ndarray:
-    """``(a, b)`` such that ``(a + b size) D`` is nearest to ``delta``; ``b = 0`` where amplitudes do not differ."""
+    """``(a, b)`` such that ``(a + b size) D`` is nearest to ``delta``; ``b = 0`` where size tells nothing."""
     inner, square = (D * delta).sum(axis=1), (D**2).sum(axis=1)
+    flat = np.array([np.clip(inner.sum() / max(square.sum(), 1e-30), 0.0, 3.0), 0.0])
     if np.std(np.log(amplitude)) < 0.05 or len(D) < 20:
-        return np.array([np.clip(inner.sum() / max(square.sum(), 1e-30), 0.0, 3.0), 0.0])
+        return flat
     features = np.column_stack([np.ones(len(size)), size])
     gram = (features * square[:, None]).T @ features
     gram += 1e-6 * np.trace(gram) * np.eye(2)
     a, b = np.linalg.solve(gram, features.T @ inner)
-    return np.array([a, b])
+    return np.array([a, b]) if b > 0 else flat
