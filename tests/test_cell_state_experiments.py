@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from scpert.errors import LabelError, MissingKeyError, ScpertError, UnknownTargetError
 from scpert.model import CellState
@@ -129,7 +130,7 @@ def test_paired_is_two_passes(planted):
     np.testing.assert_allclose(out.layers["delta"][:, rest], expected[:, rest], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["paired", "fixed_point", "jacobian"])
+@pytest.mark.parametrize("method", ["paired", "fixed_point", "conditional", "jacobian"])
 def test_nothing_changes_at_the_own_level(planted, method):
     adata, _, _, model = planted
     one = adata[:1].copy()
@@ -152,15 +153,56 @@ def test_jacobian_is_a_finite_difference(planted):
     np.testing.assert_allclose(slope[:, rest], difference[:, rest], atol=5e-3)
 
 
-def test_fixed_point_reaches_the_level_and_moves_the_targets(planted):
+@pytest.mark.parametrize("method", ["fixed_point", "conditional"])
+def test_others_follow_the_gene_to_its_level(planted, method):
     adata, net, _, model = planted
-    out = model.manipulate(adata, "TF0", mode="overexpress", method="fixed_point")
+    out = model.manipulate(adata, "TF0", mode="overexpress", method=method)
     assert out.obs["converged"].mean() > 0.95
     mean = pd.Series(out.layers["delta"].mean(0), adata.var_names)
     own = net[net["source"] == "TF0"].set_index("target")["weight"]
     assert (np.sign(mean[own.index]) == own).all()
     other = mean[[g for g in adata.var_names if not g.startswith(("TF0", "T0_"))]]
     assert mean[own.index].abs().mean() > 3 * other.abs().mean()
+
+
+def test_conditional_of_a_linear_model_follows_the_covariance():
+    rng = np.random.default_rng(0)
+    values = 5 + rng.normal(size=(300, 4)) @ np.diag([3.0, 1.0, 0.5, 0.3]) @ rng.normal(size=(4, 30)) * 0.3
+    adata = ad.AnnData(np.maximum(values, 0.1).astype(np.float32))
+    CellState.setup_anndata(adata, scale="log1p")
+    model = CellState(adata, hidden=(8,), n_latent=4)
+    model.train(max_epochs=1, train_size=1.0, early_stopping=False, lr=1e-9)
+    with torch.no_grad():
+        model.module.output.weight.zero_()
+        model.module.output.bias.zero_()
+    model._learn_reference(np.arange(300), np.arange(300).astype(str))
+    covariance = np.cov(model.reconstruct(adata).T)
+    own = adata.X[:1].copy()
+    out = model.manipulate(adata[:1].copy(), adata.var_names[3], mode="set", level=own[0, 3] + 1, method="conditional")
+    expected = covariance[3] / covariance[3, 3]
+    assert np.corrcoef(out.layers["delta"][0], expected)[0, 1] > 0.99
+    np.testing.assert_allclose(out.layers["delta"][0], expected, atol=0.2)
+
+
+def test_conditional_does_not_count_depth():
+    """Counts of unrelated genes: logs go up and down together with the total, which says nothing about the genes."""
+    rng = np.random.default_rng(0)
+    depth = np.exp(rng.normal(0, 1, size=(1500, 1)))
+    adata = ad.AnnData(
+        rng.poisson(depth * rng.uniform(1, 4, 40)).astype(np.float32) + np.eye(1500, 40, dtype="float32")
+    )
+    CellState.setup_anndata(adata, scale="counts")
+    model = CellState(adata, hidden=(16,), n_latent=10)
+    model.train(max_epochs=1)
+
+    def common() -> float:
+        delta = model.manipulate(adata[:50].copy(), adata.var_names[0], method="conditional").layers["delta"].mean(0)
+        return float(-delta[1:].mean() / delta[1:].std())
+
+    held = common()
+    model.reference_["cov_at_depth"] = model.reference_["cov"]
+    assert common() > 1
+    assert abs(held) < 0.3
 
 
 def test_strange_samples_are_flagged(planted):
