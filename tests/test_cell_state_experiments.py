@@ -518,6 +518,14 @@ def test_bad_fine_tuning(planted):
         model.fine_tune(renamed, task="reconstruction")
 
 
+def _own_slope(model: CellState, adata: ad.AnnData, gene: str) -> float:
+    """Mean derivative of a gene's reconstruction by its own input, by finite differences."""
+    j = adata.var_names.get_loc(gene)
+    moved = adata.copy()
+    moved.X[:, j] += 0.01
+    return float((model.reconstruct(moved) - model.reconstruct(adata))[:, j].mean() / 0.01)
+
+
 def test_gene_network_is_the_jacobian_and_finds_targets(planted):
     from sklearn.metrics import average_precision_score
 
@@ -530,6 +538,10 @@ def test_gene_network_is_the_jacobian_and_finds_targets(planted):
     slope = pd.Series((out.layers["delta"] / change[:, None] * model._scale[0] / model._scale).mean(0), adata.var_names)
     mine = found[found["source"] == "TF0"].set_index("target")["weight"]
     np.testing.assert_allclose(mine, slope[mine.index], atol=1e-5)
+    shares = model.gene_network(genes=genes, top_k=0, n_states=2, random_state=1, standardise=True)
+    own = {g: _own_slope(model, adata[rows].copy(), g) for g in ("TF0", "TF5")}
+    both = [float(t.set_index(["source", "target"]).loc[("TF0", "TF5"), "weight"]) for t in (found, shares)]
+    assert both[1] == pytest.approx(both[0] / np.sqrt(own["TF0"] * own["TF5"]), rel=1e-3)
     table = model.gene_network(regulators=[f"TF{i}" for i in range(30)], top_k=0)
     truth = set(zip(net["source"], net["target"], strict=True))
     known = [(s, t) in truth for s, t in zip(table["source"], table["target"], strict=True)]

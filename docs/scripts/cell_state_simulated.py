@@ -141,6 +141,8 @@ COOPERATION = [
 def cooperation() -> None:
     rows = []
     for kind, n in COOPERATION:
+        if os.environ.get("KIND", "") not in kind:
+            continue
         planted = kind.startswith("needs both")
         for seed in SEEDS:
             adata = pairs(kind, FIRST_SEED + seed, n)
@@ -302,6 +304,8 @@ def screens() -> None:
             continue
         results[name] = summary(table)
         print(written(results[name]).to_markdown(), flush=True)
+        ahead = written(summary(table, "paired")).loc["conditional"]
+        print(f"conditional ahead of paired: sign {ahead['sign ahead']}, r {ahead['r ahead']}", flush=True)
     draw(results)
 
 

@@ -473,6 +473,7 @@ class Manipulation(Transfer):
         n_states: int = 8,
         top_k: int = 20,
         symmetric: bool = False,
+        standardise: bool = False,
         random_state: int = 0,
     ) -> pd.DataFrame:
         r"""Mean Jacobian between genes: :math:`w_{gj} = \langle \partial f_j / \partial y_g \rangle` over samples.
@@ -491,6 +492,9 @@ class Manipulation(Transfer):
             Edges kept per source: those of the largest absolute weight. 0 keeps all.
         symmetric
             Average the two directions (needs ``regulators=None``).
+        standardise
+            Divide by :math:`\sqrt{w_{gg} w_{jj}}`, how much of each gene the state holds: genes that vary much are
+            otherwise ahead. Genes that the state does not hold at all have no edges.
         random_state
             Seed of the draw.
 
@@ -512,20 +516,27 @@ class Manipulation(Transfer):
         rows = np.sort(rng.choice(reader.shape[0], min(int(n_states), reader.shape[0]), replace=False))
         y = self._values(reader, rows)
         total = np.zeros((len(sources), len(targets)), dtype=np.float32)
-        index_s, index_t = torch.from_numpy(sources), torch.from_numpy(targets)
+        used = np.union1d(sources, targets)
+        own = np.zeros(len(used), dtype=np.float32)
+        at_s, at_t = np.searchsorted(used, sources), np.searchsorted(used, targets)
+        index = torch.from_numpy(used)
         for i in progress(range(len(rows)), total=len(rows), description="gene network", unit="sample"):
             x = y[i : i + 1].clone().requires_grad_(True)
             with torch.enable_grad():
                 z = self.module.encode(x)
                 by_input = torch.stack(
-                    [torch.autograd.grad(z[0, j], x, retain_graph=True)[0][0, index_s] for j in range(z.shape[1])]
+                    [torch.autograd.grad(z[0, j], x, retain_graph=True)[0][0, index] for j in range(z.shape[1])]
                 )
             eye = torch.eye(self.n_latent)
             point = z.detach().repeat(self.n_latent, 1)
             with torch.no_grad():
-                by_latent = torch.func.jvp(lambda v: self.module.decode(v, index_t), (point,), (eye,))[1]
-            total += (by_input.T @ by_latent).numpy()
+                by_latent = torch.func.jvp(lambda v: self.module.decode(v, index), (point,), (eye,))[1]
+            total += (by_input[:, at_s].T @ by_latent[:, at_t]).numpy()
+            own += (by_input * by_latent).sum(dim=0).numpy()
         total /= len(rows)
+        if standardise:
+            own = np.where(own > 0, own / len(rows), np.inf)
+            total /= np.sqrt(own[at_s, None] * own[None, at_t])
         if symmetric:
             total[:] = (total + total.T) / 2
         names_s, names_t = np.asarray(self.genes_)[sources], np.asarray(self.genes_)[targets]
