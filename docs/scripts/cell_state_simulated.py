@@ -118,7 +118,7 @@ def pairs(kind: str, seed: int, n: int = 300, n_regulators: int = 8) -> ad.AnnDa
     X = 5 + np.hstack([level, 2.0 * module[:, None] + 0.4 * rng.normal(size=(n, 30)), rng.normal(size=(n, 40))])
     names = [*"ABCDEFGHIJKLMNOPQRST"[:n_regulators], *[f"M{i}" for i in range(30)], *[f"N{i}" for i in range(40)]]
     adata = ad.AnnData(np.maximum(X, 0).astype(np.float32), var=pd.DataFrame(index=names))
-    start = (a + b == 0) if kind.startswith(("needs both", "sum")) and "levels" not in kind else module < low
+    start = (a + b == 0) if kind.startswith(("needs both", "sum")) and "levels" not in kind else module <= low
     adata.obs["state"] = np.select([module > high, start], ["goal", "start"], "between")
     return adata
 
