@@ -9,6 +9,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from scpert.errors import LabelError, MissingKeyError, ScpertError, UnknownTargetError
 from scpert.model import CellState
@@ -129,7 +130,7 @@ def test_paired_is_two_passes(planted):
     np.testing.assert_allclose(out.layers["delta"][:, rest], expected[:, rest], atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["paired", "fixed_point", "jacobian"])
+@pytest.mark.parametrize("method", ["paired", "fixed_point", "conditional", "jacobian"])
 def test_nothing_changes_at_the_own_level(planted, method):
     adata, _, _, model = planted
     one = adata[:1].copy()
@@ -152,15 +153,56 @@ def test_jacobian_is_a_finite_difference(planted):
     np.testing.assert_allclose(slope[:, rest], difference[:, rest], atol=5e-3)
 
 
-def test_fixed_point_reaches_the_level_and_moves_the_targets(planted):
+@pytest.mark.parametrize("method", ["fixed_point", "conditional"])
+def test_others_follow_the_gene_to_its_level(planted, method):
     adata, net, _, model = planted
-    out = model.manipulate(adata, "TF0", mode="overexpress", method="fixed_point")
+    out = model.manipulate(adata, "TF0", mode="overexpress", method=method)
     assert out.obs["converged"].mean() > 0.95
     mean = pd.Series(out.layers["delta"].mean(0), adata.var_names)
     own = net[net["source"] == "TF0"].set_index("target")["weight"]
     assert (np.sign(mean[own.index]) == own).all()
     other = mean[[g for g in adata.var_names if not g.startswith(("TF0", "T0_"))]]
     assert mean[own.index].abs().mean() > 3 * other.abs().mean()
+
+
+def test_conditional_of_a_linear_model_follows_the_covariance():
+    rng = np.random.default_rng(0)
+    values = 5 + rng.normal(size=(300, 4)) @ np.diag([3.0, 1.0, 0.5, 0.3]) @ rng.normal(size=(4, 30)) * 0.3
+    adata = ad.AnnData(np.maximum(values, 0.1).astype(np.float32))
+    CellState.setup_anndata(adata, scale="log1p")
+    model = CellState(adata, hidden=(8,), n_latent=4)
+    model.train(max_epochs=1, train_size=1.0, early_stopping=False, lr=1e-9)
+    with torch.no_grad():
+        model.module.output.weight.zero_()
+        model.module.output.bias.zero_()
+    model._learn_reference(np.arange(300), np.arange(300).astype(str))
+    covariance = np.cov(model.reconstruct(adata).T)
+    own = adata.X[:1].copy()
+    out = model.manipulate(adata[:1].copy(), adata.var_names[3], mode="set", level=own[0, 3] + 1, method="conditional")
+    expected = covariance[3] / covariance[3, 3]
+    assert np.corrcoef(out.layers["delta"][0], expected)[0, 1] > 0.99
+    np.testing.assert_allclose(out.layers["delta"][0], expected, atol=0.2)
+
+
+def test_conditional_does_not_count_depth():
+    """Counts of unrelated genes: logs go up and down together with the total, which says nothing about the genes."""
+    rng = np.random.default_rng(0)
+    depth = np.exp(rng.normal(0, 1, size=(1500, 1)))
+    adata = ad.AnnData(
+        rng.poisson(depth * rng.uniform(1, 4, 40)).astype(np.float32) + np.eye(1500, 40, dtype="float32")
+    )
+    CellState.setup_anndata(adata, scale="counts")
+    model = CellState(adata, hidden=(16,), n_latent=10)
+    model.train(max_epochs=1)
+
+    def common() -> float:
+        delta = model.manipulate(adata[:50].copy(), adata.var_names[0], method="conditional").layers["delta"].mean(0)
+        return float(-delta[1:].mean() / delta[1:].std())
+
+    held = common()
+    model.reference_["cov_at_depth"] = model.reference_["cov"]
+    assert common() > 1
+    assert abs(held) < 0.3
 
 
 def test_strange_samples_are_flagged(planted):
@@ -476,6 +518,14 @@ def test_bad_fine_tuning(planted):
         model.fine_tune(renamed, task="reconstruction")
 
 
+def _own_slope(model: CellState, adata: ad.AnnData, gene: str) -> float:
+    """Mean derivative of a gene's reconstruction by its own input, by finite differences."""
+    j = adata.var_names.get_loc(gene)
+    moved = adata.copy()
+    moved.X[:, j] += 0.01
+    return float((model.reconstruct(moved) - model.reconstruct(adata))[:, j].mean() / 0.01)
+
+
 def test_gene_network_is_the_jacobian_and_finds_targets(planted):
     from sklearn.metrics import average_precision_score
 
@@ -488,6 +538,10 @@ def test_gene_network_is_the_jacobian_and_finds_targets(planted):
     slope = pd.Series((out.layers["delta"] / change[:, None] * model._scale[0] / model._scale).mean(0), adata.var_names)
     mine = found[found["source"] == "TF0"].set_index("target")["weight"]
     np.testing.assert_allclose(mine, slope[mine.index], atol=1e-5)
+    shares = model.gene_network(genes=genes, top_k=0, n_states=2, random_state=1, standardise=True)
+    own = {g: _own_slope(model, adata[rows].copy(), g) for g in ("TF0", "TF5")}
+    both = [float(t.set_index(["source", "target"]).loc[("TF0", "TF5"), "weight"]) for t in (found, shares)]
+    assert both[1] == pytest.approx(both[0] / np.sqrt(own["TF0"] * own["TF5"]), rel=1e-3)
     table = model.gene_network(regulators=[f"TF{i}" for i in range(30)], top_k=0)
     truth = set(zip(net["source"], net["target"], strict=True))
     known = [(s, t) in truth for s, t in zip(table["source"], table["target"], strict=True)]

@@ -528,23 +528,28 @@ class CellState(Regulators, BaseModel):
         self.train_names_ = names[rows]
         rng = np.random.default_rng(0)
         some = rows if len(rows) <= 2000 else np.sort(rng.choice(rows, 2000, replace=False))
-        latent, error, sums = [], [], []
+        latent, error, total = [], [], []
         with torch.no_grad():
             for part in row_blocks(len(some), 64):
-                y = self._values(reader, some[part])
+                raw = reader.raw(some[part])
+                total.append(raw.sum(axis=1, dtype=np.float64))
+                y = torch.from_numpy((reader.log(raw) - self._mean) / self._scale)
                 z = self.module.encode(y)
                 latent.append(z.numpy())
                 error.append((self.module.decode(z) - y).square().mean(dim=1).sqrt().numpy())
-                sums.append(y.sum(dim=1).numpy())
         z = np.concatenate(latent).astype(np.float64)
         centre = z.mean(axis=0)
-        cov = np.cov(z.T).reshape(self.n_latent, self.n_latent)
-        cov = 0.95 * cov + 0.05 * np.eye(self.n_latent) * max(float(np.trace(cov)) / self.n_latent, 1e-8)
+        cov = _shrunk_cov(z)
+        at_depth = z
+        if self.scale_ == K.SCALE_COUNTS:  # logs of counts depend on the total of the sample, whatever its state
+            depth = np.vander(np.log(np.concatenate(total)), 3)
+            at_depth = z - depth @ np.linalg.lstsq(depth, z, rcond=None)[0]
         distance = np.sqrt(np.einsum("nk,kl,nl->n", z - centre, np.linalg.inv(cov), z - centre))
         log_error = np.log(np.concatenate(error) + 1e-8)
         self.reference_ = {
             "centre": centre,
             "cov": cov,
+            "cov_at_depth": _shrunk_cov(at_depth),
             "distance": np.array([np.median(distance), max(_mad(distance), 1e-3)]),
             "error": np.array([np.median(log_error), max(_mad(log_error), 0.05)]),
         }
@@ -829,6 +834,13 @@ class CellState(Regulators, BaseModel):
         self.reference_ = state["reference"]
         self.range_ = state["range"]
         self.extra_ = state["extra"]
+
+
+def _shrunk_cov(z: np.ndarray) -> np.ndarray:
+    """Covariance of the columns, shrunken a little towards a multiple of the identity."""
+    k = z.shape[1]
+    cov = np.cov(z.T).reshape(k, k)
+    return 0.95 * cov + 0.05 * np.eye(k) * max(float(np.trace(cov)) / k, 1e-8)
 
 
 def _mad(x: np.ndarray) -> float:

@@ -24,7 +24,7 @@ __all__ = ["Manipulation"]
 logger = logging.getLogger("scpert")
 
 MODES = ("knockout", "overexpress", "set")
-METHODS = ("paired", "fixed_point", "jacobian")
+METHODS = ("paired", "fixed_point", "conditional", "jacobian")
 
 
 class Manipulation(Transfer):
@@ -120,11 +120,14 @@ class Manipulation(Transfer):
             ]
         return torch.stack(rows, dim=1).detach()
 
-    def _pull(self: Any, z: Tensor, genes: Tensor, level: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor]:
+    def _pull(
+        self: Any, z: Tensor, genes: Tensor, level: Tensor, max_iter: int, tol: float, cov: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The nearest latent state whose decoded ``genes`` have ``level``: Gauss-Newton steps ``(z, converged)``.
 
-        It is the limit of reconstructing and clamping in turn: each step is the shortest (in latent distance) that
-        brings the linearised decoder to the level. Steps are halved where they do not help.
+        Each step is the shortest that brings the linearised decoder to the level, in the Mahalanobis distance of
+        ``cov``; with the identity, the limit is that of reconstructing and clamping in turn. Steps are halved where they
+        do not help.
         """
         start, current = z, z
         gap = level - self.module.decode(current, genes)
@@ -132,11 +135,12 @@ class Manipulation(Transfer):
             if bool((gap.abs().amax(dim=1) < tol).all()):
                 break
             J = self._decoder_rows(current, genes)
-            gram = J @ J.transpose(1, 2)
+            towards = cov @ J.transpose(1, 2)
+            gram = J @ towards
             ridge = 1e-6 * torch.diagonal(gram, dim1=1, dim2=2).mean(dim=1)[:, None, None] + 1e-10
-            step = (
-                J.transpose(1, 2) @ torch.linalg.solve(gram + ridge * torch.eye(gram.shape[1]), gap.unsqueeze(-1))
-            ).squeeze(-1)
+            step = (towards @ torch.linalg.solve(gram + ridge * torch.eye(gram.shape[1]), gap.unsqueeze(-1))).squeeze(
+                -1
+            )
             best, best_gap = current, gap
             size = torch.ones((len(z), 1))
             for _ in range(4):
@@ -186,9 +190,12 @@ class Manipulation(Transfer):
             - ``"fixed_point"``: reconstruct and clamp in turn until nothing moves, so that the other genes follow. The
               limit is found by Gauss-Newton steps in the latent space. The negative binomial head never puts out zero:
               0.1 counts per ``target_sum`` are its lowest level here.
+            - ``"conditional"``: as ``"fixed_point"``, but the nearest state in the Mahalanobis distance of the training
+              samples: the most probable state in which the genes have the level, the rest free to follow as it does in
+              the training samples. Of counts, the total of a sample is held: what goes with depth alone is not counted.
             - ``"jacobian"``: :math:`\partial f/\partial y\,(y' - y)`, the first-order part of ``"paired"``.
         max_iter, tol
-            Steps and tolerance (standardised units) of the fixed point.
+            Steps and tolerance (standardised units) of ``"fixed_point"`` and ``"conditional"``.
         batch_size
             Samples per batch.
 
@@ -221,6 +228,10 @@ class Manipulation(Transfer):
         converged = np.ones(n, dtype=bool)
         ood = np.empty((n, 2))
         self.module.to("cpu")
+        cov = torch.eye(self.n_latent)
+        if method == "conditional":
+            cov = torch.from_numpy(self.reference_["cov_at_depth"]).float()
+            cov = cov / cov.diagonal().mean()
         for rows in self._blocks(n, batch_size, "manipulate"):
             with torch.no_grad():
                 y = self._values(reader, rows)
@@ -237,13 +248,13 @@ class Manipulation(Transfer):
                         self.module.first_shift(parts, index.expand(len(rows), -1), change)
                     )
                     shift = self.module.decode(z_new) - own
-                elif method == "fixed_point":
+                elif method in ("fixed_point", "conditional"):
                     # both arms start from decoded values, so that the reconstruction error of the genes cancels
                     level_z = own[:, index] + change
                     if self.module.head == "nb":  # puts out shares of the counts, which are never zero
                         least = (np.log1p(0.1) - self._mean[positions]) / self._scale[positions]
                         level_z = level_z.maximum(torch.from_numpy(least).float())
-                    z_new, ok = self._pull(z, index, level_z, max_iter, tol)
+                    z_new, ok = self._pull(z, index, level_z, max_iter, tol, cov)
                     shift = self.module.decode(z_new) - own
                     converged[rows] = ok.numpy()
                 else:
@@ -462,6 +473,7 @@ class Manipulation(Transfer):
         n_states: int = 8,
         top_k: int = 20,
         symmetric: bool = False,
+        standardise: bool = False,
         random_state: int = 0,
     ) -> pd.DataFrame:
         r"""Mean Jacobian between genes: :math:`w_{gj} = \langle \partial f_j / \partial y_g \rangle` over samples.
@@ -480,6 +492,9 @@ class Manipulation(Transfer):
             Edges kept per source: those of the largest absolute weight. 0 keeps all.
         symmetric
             Average the two directions (needs ``regulators=None``).
+        standardise
+            Divide by :math:`\sqrt{w_{gg} w_{jj}}`, how much of each gene the state holds: genes that vary much are
+            otherwise ahead. Genes that the state does not hold at all have no edges.
         random_state
             Seed of the draw.
 
@@ -501,20 +516,27 @@ class Manipulation(Transfer):
         rows = np.sort(rng.choice(reader.shape[0], min(int(n_states), reader.shape[0]), replace=False))
         y = self._values(reader, rows)
         total = np.zeros((len(sources), len(targets)), dtype=np.float32)
-        index_s, index_t = torch.from_numpy(sources), torch.from_numpy(targets)
+        used = np.union1d(sources, targets)
+        own = np.zeros(len(used), dtype=np.float32)
+        at_s, at_t = np.searchsorted(used, sources), np.searchsorted(used, targets)
+        index = torch.from_numpy(used)
         for i in progress(range(len(rows)), total=len(rows), description="gene network", unit="sample"):
             x = y[i : i + 1].clone().requires_grad_(True)
             with torch.enable_grad():
                 z = self.module.encode(x)
                 by_input = torch.stack(
-                    [torch.autograd.grad(z[0, j], x, retain_graph=True)[0][0, index_s] for j in range(z.shape[1])]
+                    [torch.autograd.grad(z[0, j], x, retain_graph=True)[0][0, index] for j in range(z.shape[1])]
                 )
             eye = torch.eye(self.n_latent)
             point = z.detach().repeat(self.n_latent, 1)
             with torch.no_grad():
-                by_latent = torch.func.jvp(lambda v: self.module.decode(v, index_t), (point,), (eye,))[1]
-            total += (by_input.T @ by_latent).numpy()
+                by_latent = torch.func.jvp(lambda v: self.module.decode(v, index), (point,), (eye,))[1]
+            total += (by_input[:, at_s].T @ by_latent[:, at_t]).numpy()
+            own += (by_input * by_latent).sum(dim=0).numpy()
         total /= len(rows)
+        if standardise:
+            own = np.where(own > 0, own / len(rows), np.inf)
+            total /= np.sqrt(own[at_s, None] * own[None, at_t])
         if symmetric:
             total[:] = (total + total.T) / 2
         names_s, names_t = np.asarray(self.genes_)[sources], np.asarray(self.genes_)[targets]
