@@ -15,6 +15,7 @@ import pandas as pd
 
 from . import _keys as K
 from ._checks import check_choice, listing
+from ._files import written_whole
 from .errors import LabelError, MissingKeyError, ScpertError
 
 if TYPE_CHECKING:
@@ -276,8 +277,10 @@ def quickstart(
         adata, trained, predictions[cls.__name__], scores, per_perturbation, net, folder, clock.seconds
     )
     with clock("write report and results"):
-        _write(adata, folder / "results.h5ad")
-        _write(result.prediction, folder / "prediction.h5ad")
+        with written_whole(folder / "results.h5ad") as draft:
+            adata.write_h5ad(draft)
+        with written_whole(folder / "prediction.h5ad") as draft:
+            result.prediction.write_h5ad(draft)
         scores.to_csv(folder / "scores.csv", index=False)
         trained.save(folder / "model", overwrite=True)
         write_report(
@@ -307,15 +310,6 @@ def _folder(out: str | Path) -> Path:
             f"Results cannot be written to {str(folder)!r} ({error}). Name another folder with out=."
         ) from error
     return folder
-
-
-def _write(adata: AnnData, path: Path) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    try:
-        adata.write_h5ad(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def score_table(scores: pd.DataFrame) -> pd.DataFrame:

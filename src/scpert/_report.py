@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from . import _keys as K
+from ._files import written_whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -212,9 +213,8 @@ def write_report(
         f"<p class='lead'>{name} beside its baselines and the noise ceiling, on held-out cells.</p>{''.join(body)}</body></html>"
     )
     path = result.out / "report.html"
-    draft = path.with_name(".report.html.part")
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(path)
+    with written_whole(path) as draft:
+        draft.write_text(page, encoding="utf-8")
     return path
 
 

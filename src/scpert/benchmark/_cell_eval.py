@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
+from .._files import written_whole
 from ..errors import FileFormatError, ScpertError
 
 if TYPE_CHECKING:
@@ -92,9 +93,8 @@ def _write(path: Path, X: sparse.csr_matrix, labels: np.ndarray, key: str, genes
 
     obs = pd.DataFrame({key: labels.astype(str)}, index=pd.Index([f"cell{i}" for i in range(len(labels))]))
     table = AnnData(X=X, obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str))))
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    table.write_h5ad(temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as draft:
+        table.write_h5ad(draft)
     return path
 
 

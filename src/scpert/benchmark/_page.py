@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .._files import written_whole
 from ..metrics import METRICS
 from ..metrics._summary import NOTHING
 from ._run import BASELINE, CEILING
@@ -60,9 +61,8 @@ def write_html(board: pd.DataFrame, path: str | os.PathLike) -> None:
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, target)
+    with written_whole(target) as draft:
+        draft.write_text(page, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------- text

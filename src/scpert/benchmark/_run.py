@@ -21,6 +21,7 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import listing, suggest
+from .._files import written_whole
 from .._progress import progress
 from ..errors import ScpertError, SplitError
 from ._task import Prepared, Task, _unique, fingerprint, prepare, refuse_leaking_options, resolve_tasks
@@ -386,12 +387,10 @@ COLUMNS = (
 
 
 def _write(path: Path, frame: pd.DataFrame) -> None:
-    """To a file of its own name, then renamed: a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     frame = frame.copy()
     frame.attrs = {}
-    frame.to_parquet(temporary, index=False)
-    os.replace(temporary, path)
+    with written_whole(path) as draft:
+        frame.to_parquet(draft, index=False)
 
 
 def _store(folder: Path, name: str, frame: pd.DataFrame, cost: dict[str, Any]) -> None:

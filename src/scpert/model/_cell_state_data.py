@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from scvi.data.fields import BaseAnnDataField
 
 from .. import _keys as K
 from .._checks import check_choice, check_obs_key, check_unique_names, listing
+from .._files import written_whole
 from .._progress import progress
 from ..data._screen import read_rows, resolve_layer, scale_evidence
 from ..errors import FileFormatError, ScaleError, ScpertError
@@ -289,9 +289,7 @@ def _copy_archs4(path: Path, out: Path, chunk: int, samples: Sequence[int] | Non
             "%d gene symbols occur more than once in %s: the first of each is taken", int((~first).sum()), path.name
         )
     keep = np.flatnonzero(first)
-    handle, draft = tempfile.mkstemp(suffix=".h5ad", dir=out.parent)
-    os.close(handle)
-    try:
+    with written_whole(out) as draft:
         obs = pd.DataFrame({"series": pd.Categorical(series[index])}, index=pd.Index(accession[index], dtype=str))
         empty = AnnData(
             sparse.csr_matrix((len(index), len(keep)), dtype=np.float32), obs=obs, var=pd.DataFrame(index=genes[keep])
@@ -316,10 +314,6 @@ def _copy_archs4(path: Path, out: Path, chunk: int, samples: Sequence[int] | Non
                 values = archs4py.data.index(str(path), part, silent=True).to_numpy().T
                 X.resize(start + len(part), axis=0)
                 X[start : start + len(part)] = values[:, keep]
-        os.replace(draft, out)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
 
 
 def row_blocks(n: int, size: int) -> list[np.ndarray]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .._files import written_whole
 from .._settings import settings
 from ..errors import DownloadError, ScpertError
 
@@ -93,8 +92,7 @@ def fetch(
             f"Cannot make the cache folder {folder}: {error}. Set scpert.settings.cache_dir (or the environment variable "
             "SCPERT_CACHE) to a folder that you can write to."
         ) from error
-    part = folder / f".{filename}.{uuid.uuid4().hex}.part"
-    try:
+    with written_whole(path) as part:
         _download(url, part, timeout)
         for name, value in expected.items():
             found = file_hash(part, name)
@@ -105,10 +103,8 @@ def fetch(
                     "download a file that you trust and pass it as path=."
                 )
         record = {"url": url, "date": datetime.now(UTC).isoformat(timespec="seconds"), "sha256": file_hash(part)}
-        os.replace(part, path)
-        _write_record(path, record)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(_record_of(path)) as part:
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
     return path
 
 
@@ -121,15 +117,6 @@ def _recorded_hash(path: Path) -> str | None:
         return json.loads(_record_of(path).read_text(encoding="utf-8")).get("sha256")
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _write_record(path: Path, record: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.json.part")
-    try:
-        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(part, _record_of(path))
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
