@@ -33,7 +33,7 @@ def explain(
 ) -> Axes | Figure:
     """Draw the part of the graphs that carries a prediction, from left to right.
 
-    Left: measured perturbations (their share in the prediction) and neighbours of the targets in the graphs; middle:
+    Left: measured perturbations (their share in the prediction, grey where negative) and neighbours of the targets in the graphs; middle:
     the perturbation; right: genes with the largest predicted shifts, red up, blue down, and arcs between them where one
     feels the other through co-expression or attention. Widths are weights.
 
@@ -124,7 +124,8 @@ def explain(
             alpha=0.8,
         )
     kinds = {
-        "measured perturbation": ("orange", "-", (left["kind"] == "evidence").any()),
+        "measured perturbation": ("orange", "-", ((left["kind"] == "evidence") & (left[K.WEIGHT] >= 0)).any()),
+        "measured, negative share": ("grey", "-", ((left["kind"] == "evidence") & (left[K.WEIGHT] < 0)).any()),
         "graph neighbour": ("green", "--", (left["kind"] != "evidence").any()),
         "up": ("red", "-", (effect[K.WEIGHT] > 0).any()),
         "down": ("blue", "-", (effect[K.WEIGHT] < 0).any()),
