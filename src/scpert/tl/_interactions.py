@@ -342,18 +342,21 @@ def _corrected(X: np.ndarray, y: np.ndarray, error: np.ndarray, multiple: float 
     return c
 
 
+def _of_coefficients(c: np.ndarray) -> dict[str, float]:
+    size = np.maximum(np.abs(c), _LEAST)
+    out = {f"c{i + 1}": float(x) for i, x in enumerate(c)}
+    return out | {"magnitude": float(np.linalg.norm(c)), "dominance": float(np.log10(size.max() / size.min()))}
+
+
 def _measures(X: np.ndarray, y: np.ndarray, c: np.ndarray, full: bool = False) -> dict[str, float]:
     """All measures of one combination: ``X`` the singles' shifts ``(gene, k)``, ``y`` the combination's."""
     k = X.shape[1]
-    out = {f"c{i + 1}": float(c[i]) for i in range(k)}
-    out["magnitude"] = float(np.linalg.norm(c))
+    out = _of_coefficients(c)
     out["model_fit"] = distance_correlation(X @ c, y) if np.isfinite(c).all() else np.nan
     each = np.array([distance_correlation(X[:, i], y) for i in range(k)])
     out["equality"] = float(each.min() / each.max()) if np.isfinite(each).all() and each.max() > 0 else np.nan
     between = [distance_correlation(X[:, i], X[:, j]) for i, j in combinations(range(k), 2)]
     out["similarity_singles"] = float(np.min(between))
-    size = np.maximum(np.abs(c), _LEAST)
-    out["dominance"] = float(np.log10(size.max() / size.min()))
     strongest = np.linalg.norm(X, axis=0).max()
     out["strength"] = float(np.linalg.norm(y) / strongest) if strongest > 0 else np.nan
     if full:
@@ -541,7 +544,8 @@ def genetic_interactions(
     ``strength``
         Length of the combination's shift over that of the stronger single.
     ``class``, ``class_confidence``
-        See below; and the share of the resamplings, turned round the estimate as for the limits, with the same class.
+        See below; and the share of the resamplings, turned round the estimate as for the limits (magnitude and dominance
+        from turned coefficients), with the same class.
     ``<measure>_lower``, ``<measure>_upper``
         Limits: basic bootstrap, :math:`2\hat\theta - q`, for all measures but ``similarity``.
 
@@ -726,6 +730,7 @@ def _analyse(
             cb = fit(Xb, yb)
         replicates = [_measures(Xi, yi, ci) for Xi, yi, ci in zip(Xb, yb, cb, strict=True)]
         turned = [{name: 2 * row[name] - r[name] for name in r} for r in replicates]  # as in the limits
+        turned = [r | _of_coefficients(2 * c - ci) for r, ci in zip(turned, cb, strict=True)]
         row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in turned]))
         tail = (1 - confidence) / 2
         for name in replicates[0]:
