@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_positive, listing
+from .._checks import check_positive
 from .._docs import shared_docs
 from ..errors import ScpertError
-from ._figure import COLOURS, finish, new_axes
+from ._figure import COLOURS, finish, need_columns, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ def explain(
     Parameters
     ----------
     net
-        Result of ``model.explain(perturbation)``: ``source``, ``target``, ``weight``, ``kind``.
+        Result of ``explain(perturbation)`` of a GEARS or BioDSNN model: ``source``, ``target``, ``weight``, ``kind``.
     n_evidence, n_genes, n_links
         So many nodes on the left, genes on the right and arcs at most.
     {axes}
@@ -63,14 +63,10 @@ def explain(
     >>> model.train(max_epochs=1, accelerator="cpu")
     >>> ax = scpert.pl.explain(model.explain(model.targets_[0]))
     """
-    missing = [c for c in (K.SOURCE, K.TARGET, K.WEIGHT, "kind") if c not in getattr(net, "columns", ())]
-    if missing:
-        raise ScpertError(
-            f"net lacks the column(s) {listing(missing)}: pass the result of model.explain(perturbation)."
-        )
+    need_columns(net, (K.SOURCE, K.TARGET, K.WEIGHT, "kind"), "explain(perturbation) of GEARS or BioDSNN")
     effect = net[net["kind"] == "effect"]
     if effect.empty:
-        raise ScpertError("net has no row of the kind 'effect': pass the result of model.explain(perturbation).")
+        raise ScpertError("The table has no row of the kind 'effect': pass what explain(perturbation) returned.")
     for name, value in {"n_evidence": n_evidence, "n_genes": n_genes}.items():
         check_positive(name, value)
     label = str(effect[K.SOURCE].iloc[0])

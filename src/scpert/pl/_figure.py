@@ -1,15 +1,19 @@
-"""What the figure functions share: making axes without touching global state, handing them back, naming points."""
+"""What the figure functions share: checking tables, making axes without touching global state, naming points."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .._checks import listing
+from ..errors import MissingKeyError, ScpertError
+
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "finish", "name_points", "new_axes"]
+__all__ = ["COLOURS", "finish", "name_points", "need_columns", "new_axes"]
 
 #: Colours that people with colour-blindness tell apart (Okabe and Ito).
 COLOURS = {
@@ -33,7 +37,16 @@ def new_axes(ax: Axes | None, figsize: tuple[float, float]) -> Axes:
     return plt.subplots(figsize=figsize, layout="constrained")[1]
 
 
-def name_points(ax: Axes, x: Any, y: Any, names: Sequence[str], order: Iterable[int], fontsize: float = 7) -> None:
+def need_columns(table: pd.DataFrame, columns: Iterable[str], origin: str) -> None:
+    """Refuse a table without these columns, or without rows; ``origin`` is what returns such a table."""
+    missing = [c for c in columns if c not in getattr(table, "columns", ())]
+    if missing:
+        raise MissingKeyError(f"The table lacks the column(s) {listing(missing)}: pass what {origin} returned.")
+    if len(table) == 0:
+        raise ScpertError("The table is empty: there is nothing to draw.")
+
+
+def name_points(ax: Axes, x: Any, y: Any, names: Any, order: Iterable[int], fontsize: float = 7) -> None:
     """Name points, the first in ``order`` first, where a name fits into the axes and on no other name; else leave it out.
 
     Call it last: it needs the limits of the axes.
