@@ -345,6 +345,18 @@ def test_limits_cover_the_noise_free_coefficients():
     assert abs(found @ true / (true @ true) - 1) < 0.1
 
 
+def test_coefficients_of_measured_combinations_do_not_hang_on_the_choice_of_genes(screen):
+    table = screen.uns["genetic_interactions"]
+    other = genetic_interactions(screen, n_boot=0, min_zscore=30, min_genes=20, copy=True).uns["genetic_interactions"]
+    pd.testing.assert_frame_equal(other[["c1", "c2", "n_genes"]], table[["c1", "c2", "n_genes"]])
+    assert table["n_genes"].min() > 150 and not np.allclose(other["model_fit"], table["model_fit"])
+    plain = genetic_interactions(screen, n_boot=0, min_genes=20, min_zscore=30, weighted=False, copy=True)
+    assert plain.uns["genetic_interactions"]["n_genes"].max() < 150
+    genes = list(screen.var_names[:80])
+    few = genetic_interactions(screen, n_boot=0, genes=genes, copy=True).uns["genetic_interactions"]
+    assert few["n_genes"].between(60, 80).all() and not np.allclose(few["c1"], table["c1"])
+
+
 def test_a_wild_gene_hardly_moves_the_corrected_coefficients():
     from scpert.tl._interactions import _corrected
 

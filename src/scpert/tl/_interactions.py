@@ -691,8 +691,7 @@ def _analyse(
     if corrected:  # by all genes: a choice by these shifts would depend on their errors, which the correction excludes
         n = shifts.n[used]
         pooled = n**2 @ shifts.se2[used] / n.sum()  # variance within perturbations
-        fitted = every[pooled[every] > 0]
-        fit_unit = np.sqrt(pooled[fitted])
+        fitted, fit_unit = every, np.sqrt(pooled[every])
         error = (shifts.se2[used[: k + 1]][:, fitted] / fit_unit**2).T[:, :, None] * np.eye(k + 1)
         error += (shifts.control_se2[fitted] / fit_unit**2)[:, None, None]
     else:
