@@ -321,3 +321,51 @@ def test_the_correction_undoes_what_known_noise_does_to_the_coefficients():
     np.testing.assert_allclose(plain, truth / 2, atol=0.02)
     np.testing.assert_allclose(_corrected(X, y, error).mean(axis=0), truth, atol=0.05)
     np.testing.assert_allclose(_corrected(clean, clean @ truth, 1e-9 * error), np.tile(truth, (20, 1)), atol=1e-4)
+
+
+def test_limits_cover_the_noise_free_coefficients():
+    """Small screens drawn from a large one, whose coefficients are the truth; the slope is not drawn to zero."""
+    pool = scpert.datasets.simulated(
+        n_cells=24_000, n_genes=200, n_targets=8, n_combinations=8, mode="activation", random_state=5
+    )
+    large = genetic_interactions(pool, n_boot=0, copy=True).uns["genetic_interactions"]
+    groups = pool.obs.groupby("perturbation", observed=True).indices
+    rng = np.random.default_rng(0)
+    found, true, inside = [], [], []
+    for _ in range(5):
+        drawn = [rng.choice(i, size=300 if p == "control" else 60, replace=False) for p, i in groups.items()]
+        table = genetic_interactions(pool[np.concatenate(drawn)], n_boot=60, copy=True).uns["genetic_interactions"]
+        for c in ("c1", "c2"):
+            found.append(table[c])
+            true.append(large[c])
+            inside.append((table[f"{c}_lower"] <= large[c]) & (large[c] <= table[f"{c}_upper"]))
+    found, true = np.concatenate(found), np.concatenate(true)
+    assert len(found) == 80
+    assert np.mean(inside) >= 0.88, np.mean(inside)
+    assert abs(found @ true / (true @ true) - 1) < 0.1
+
+
+def test_coefficients_of_measured_combinations_do_not_hang_on_the_choice_of_genes(screen):
+    table = screen.uns["genetic_interactions"]
+    other = genetic_interactions(screen, n_boot=0, min_zscore=30, min_genes=20, copy=True).uns["genetic_interactions"]
+    pd.testing.assert_frame_equal(other[["c1", "c2", "n_genes"]], table[["c1", "c2", "n_genes"]])
+    assert table["n_genes"].min() > 150 and not np.allclose(other["model_fit"], table["model_fit"])
+    plain = genetic_interactions(screen, n_boot=0, min_genes=20, min_zscore=30, weighted=False, copy=True)
+    assert plain.uns["genetic_interactions"]["n_genes"].max() < 150
+    genes = list(screen.var_names[:80])
+    few = genetic_interactions(screen, n_boot=0, genes=genes, copy=True).uns["genetic_interactions"]
+    assert few["n_genes"].between(60, 80).all() and not np.allclose(few["c1"], table["c1"])
+
+
+def test_a_wild_gene_hardly_moves_the_corrected_coefficients():
+    from scpert.tl._interactions import _corrected
+
+    rng = np.random.default_rng(1)
+    truth, n = np.array([1.0, 0.6]), 1000
+    clean = 2 * rng.standard_normal((1, n, 2))
+    X, y = clean + rng.standard_normal(clean.shape), clean @ truth + rng.standard_normal((1, n))
+    wild = y.copy()
+    wild[:, :5] += 200 * np.sign(X[:, :5, 0])
+    error = np.tile(np.eye(3), (n, 1, 1))
+    assert np.abs(_corrected(X, wild, error) - _corrected(X, y, error)).max() < 0.1
+    assert np.abs(_corrected(X, wild, error) - truth).max() < 0.2

@@ -175,3 +175,37 @@ def test_a_closed_form_model_has_no_curve(world):
 def test_an_empty_network_is_said(world):
     ax = pl.grn(world["net"].iloc[:0], ax=_empty_axes())
     assert [t.get_text() for t in ax.texts] == ["no edges"]
+
+
+def test_names_of_points_do_not_overlap_and_stay_inside():
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from scpert.pl._figure import name_points
+
+    ax = Figure(figsize=(3, 3)).subplots()
+    rng = np.random.default_rng(0)
+    x, y = rng.random(40), rng.random(40)
+    ax.plot(x, y, ".")
+    name_points(ax, x, y, [f"GENE{i}+OTHER{i}" for i in range(40)], range(40))
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert 3 < len(boxes) < 40
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.bbox.contains(*corner) for box in boxes for corner in box.corners())
+
+
+def test_top_genes_title_tells_how_genes_were_chosen_and_sparse_predictions_are_read(world):
+    from scipy import sparse
+
+    predicted = world["predicted"].copy()
+    predicted.layers["delta"] = sparse.csr_matrix(predicted.layers["delta"])
+    genes = list(predicted.var_names[:3])
+    for function, options in ((pl.top_genes, {"genes": genes}), (pl.predicted_vs_observed, {})):
+        ax = function(predicted, world["adata"], world["label"], ax=_empty_axes(), **options)
+        dense = function(world["predicted"], world["adata"], world["label"], ax=_empty_axes(), **options)
+        assert ax.get_title() == dense.get_title()
+    assert (
+        pl.top_genes(predicted, world["adata"], world["label"], genes=genes, ax=_empty_axes())
+        .get_title()
+        .endswith("chosen genes")
+    )

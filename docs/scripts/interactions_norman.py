@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 import scpert
+from scpert.pl._figure import name_points
 
 MEASURES = {  # ours: theirs
     "magnitude": "ts_norm2",
@@ -60,11 +61,10 @@ def main() -> None:
 
     settings = {
         "default": {},
-        "default, plain Theil-Sen": {"weighted": False},
-        "at least 25 genes": {"min_genes": 25},
-        "at least 100 genes": {"min_genes": 100},
-        "all 500 genes": {"genes": list(adata.var_names)},
-        "all 500 genes, plain Theil-Sen": {"genes": list(adata.var_names), "weighted": False},
+        "plain Theil-Sen, at least 25 genes": {"weighted": False, "min_genes": 25},
+        "plain Theil-Sen, at least 50 genes": {"weighted": False},
+        "plain Theil-Sen, at least 100 genes": {"weighted": False, "min_genes": 100},
+        "plain Theil-Sen, all genes": {"genes": list(adata.var_names), "weighted": False},
     }
     table = run(n_boot=200)
     results = pd.DataFrame({name: compare(run(**options)) for name, options in settings.items()}).T
@@ -96,13 +96,13 @@ def main() -> None:
         theirs = fits.loc[table.index, f"their_{c}"]
         error = np.abs(table[[f"{c}_lower", f"{c}_upper"]].to_numpy().T - table[c].to_numpy())
         ax.errorbar(theirs, table[c], yerr=error, fmt=marker, ms=5, lw=0.8, label=c)
-        for name, x, y in zip(table.index, theirs, table[c], strict=True):
-            ax.annotate(name, (x, y), fontsize="x-small", xytext=(4, 2), textcoords="offset points")
     ax.axline((0, 0), slope=1, color="0.6", ls="--", lw=0.8)
     ax.set(xlabel="coefficient, authors (all cells and genes)", ylabel="coefficient, ours (100 cells, 500 genes)")
     ax.set_title(f"10 coefficients of 5 doubles, Pearson {results.loc['default', 'Pearson']:.2f}")
     ax.set_xlim(0, 1.15)
     ax.legend(frameon=False, loc="lower right")
+    both = fits.loc[table.index, ["their_c1", "their_c2"]].to_numpy().T.ravel()
+    name_points(ax, both, table[["c1", "c2"]].to_numpy().T.ravel(), [*table.index] * 2, range(2 * len(table)))
     out = Path(__file__).parents[1] / "_static" / "interactions_norman.png"
     out.parent.mkdir(exist_ok=True)
     figure.savefig(out, dpi=130)

@@ -16,7 +16,6 @@ SEEDS = range(5)
 SETTINGS = {
     "default": {},
     "plain Theil-Sen": {"weighted": False},
-    "all genes": {"min_zscore": 0.0},
     "all genes, plain Theil-Sen": {"min_zscore": 0.0, "weighted": False},
 }
 

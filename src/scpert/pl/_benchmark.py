@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, listing
+from .._checks import check_choice
 from ..errors import MissingKeyError, ScpertError
+from ._figure import finish, need_columns, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -19,22 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["calibration", "leaderboard"]
 
 _REFERENCES = ("training_mean", "ceiling")
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=size, layout="constrained")[1]
-
-
-def _finish(ax: Axes, show: bool | None, return_fig: bool) -> Any:
-    if show:
-        import matplotlib.pyplot as plt
-
-        plt.show()
-    return ax.figure if return_fig else ax
 
 
 def leaderboard(
@@ -76,15 +61,14 @@ def leaderboard(
     >>> ax = scpert.pl.leaderboard(board, metric="mse", show=False)
     """
     check_choice("kind", kind, ("forest", "critical_difference"))
-    need = [c for c in ("task", "metric", "model", "rank", "score", "lower", "upper") if c not in board.columns]
-    if need:
-        raise MissingKeyError(f"board lacks {listing(need)}: give the table of scpert.benchmark.leaderboard.")
+    columns = ("task", "metric", "model", "rank", "score", "lower", "upper")
+    need_columns(board, columns, "scpert.benchmark.leaderboard")
     known = list(board["metric"].unique())
     if metric is None:
         metric = next((m for m in ("pearson_delta_centroid", "pearson_delta", "mse") if m in known), known[0])
     check_choice("metric", metric, known)
     part = board[board["metric"] == metric]
-    return _finish(_forest(part, metric, ax) if kind == "forest" else _critical(part, metric, ax), show, return_fig)
+    return finish(_forest(part, metric, ax) if kind == "forest" else _critical(part, metric, ax), show, return_fig)
 
 
 #: Scores that a forest plot has room for; an arrow stands for one beyond, a clipped line for a limit.
@@ -94,7 +78,7 @@ _SHOWN = (-2.0, 3.0)
 def _forest(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
     part = part[~part["model"].isin(_REFERENCES)]
     tasks = list(part["task"].unique())
-    ax = _axes(ax, (7, 1 + 0.28 * max(1, len(part))))
+    ax = new_axes(ax, (7, 1 + 0.28 * max(1, len(part))))
     y, ticks, names = 0.0, [], []
     for task in tasks:
         rows = part[part["task"] == task].sort_values("rank", kind="stable")
@@ -136,7 +120,7 @@ def _critical(part: pd.DataFrame, metric: str, ax: Axes | None) -> Axes:
         raise ScpertError(f"Critical differences need two models and two tasks with values; there are {k} and {n}.")
     mean = ranks.mean().sort_values()
     critical = _nemenyi(k) * float(np.sqrt(k * (k + 1) / (6 * n)))
-    ax = _axes(ax, (7, 1 + 0.28 * k))
+    ax = new_axes(ax, (7, 1 + 0.28 * k))
     for i, (model, value) in enumerate(mean.items()):
         ax.plot(value, i, "o", color="0.4" if model in _REFERENCES else "C0")
     last = -1
@@ -220,7 +204,7 @@ def calibration(
     )
     pair = Pair(predicted, reference, level="pseudobulk")
     rows = np.array([pair.prediction.rows[p][0] for p in pair.perturbations])
-    ax = _axes(ax, (4, 4))
+    ax = new_axes(ax, (4, 4))
     ax.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1)
 
     def values(name: str) -> np.ndarray:
@@ -241,4 +225,4 @@ def calibration(
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal level", ylabel="share of observed values inside", aspect="equal")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)

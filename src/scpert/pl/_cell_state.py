@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._checks import check_choice, listing
-from ..errors import MissingKeyError, ScpertError
+from .._checks import check_choice
+from ..errors import ScpertError
+from ._figure import finish, need_columns, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,29 +26,9 @@ _NAMES = {
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is None:
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots(figsize=size, layout="constrained")[1]
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    ax = new_axes(ax, size)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
-
-
-def _finish(ax: Axes, show: bool | None, return_fig: bool) -> Any:
-    if show:
-        import matplotlib.pyplot as plt
-
-        plt.show()
-    return ax.figure if return_fig else ax
-
-
-def _need(table: pd.DataFrame, columns: tuple[str, ...], origin: str) -> None:
-    missing = [c for c in columns if c not in getattr(table, "columns", ())]
-    if missing:
-        raise MissingKeyError(f"The table lacks {listing(missing)}: pass what {origin} returned.")
-    if len(table) == 0:
-        raise ScpertError("The table is empty: there is nothing to draw.")
 
 
 def _spread(positions: np.ndarray, gap: float, low: float, high: float) -> np.ndarray:
@@ -91,7 +72,7 @@ def reconstruction(
     """
     if metric == "by_expression":
         bins = pd.DataFrame(table.attrs.get("by_expression", {}))
-        _need(bins, ("method", "from", "to", "r2_imputed"), "CellState.evaluate")
+        need_columns(bins, ("method", "from", "to", "r2_imputed"), "CellState.evaluate")
         ax = _axes(ax, (5.2, 3.4))
         shown = [m for m in ("model", "pca", "neighbours", "gene_mean") if m in set(bins["method"])]
         for name, colour in zip(shown, (_BLUE, _ORANGE, _MUTED, _GREY), strict=False):
@@ -107,8 +88,8 @@ def reconstruction(
         ax.set_xticks(range(len(part)), labels)
         ax.set(xlabel="log1p expression", ylabel="R² of masked genes")
         ax.legend(frameon=False, fontsize=8)
-        return _finish(ax, show, return_fig)
-    _need(table, (metric,), "CellState.evaluate")
+        return finish(ax, show, return_fig)
+    need_columns(table, (metric,), "CellState.evaluate")
     ax = _axes(ax, (5.2, 0.38 * len(table) + 0.9))
     values = table[metric].to_numpy(dtype=float)
     y = np.arange(len(table))[::-1]
@@ -127,7 +108,7 @@ def reconstruction(
     ax.set_xlim(min(0, np.nanmin(values)), np.nanmax(ends) + 0.14 * width)
     ax.set_xlabel({"r2_imputed": "R² of masked genes, held-out samples"}.get(metric, metric))
     ax.tick_params(axis="y", length=0)
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)
 
 
 def master_regulators(
@@ -150,7 +131,7 @@ def master_regulators(
     >>> table = pd.DataFrame({"regulator": ["A", "B"], "rank": [1, 2], "rank_regulon": [1, 2], "rank_virtual": [2, 1]})
     >>> axes = scpert.pl.master_regulators(table)
     """
-    _need(table, ("regulator", "rank", "rank_regulon", "rank_virtual"), "CellState.master_regulators")
+    need_columns(table, ("regulator", "rank", "rank_regulon", "rank_virtual"), "CellState.master_regulators")
     if "sample" in table:
         raise ScpertError("This table has a row for each sample: draw it with scpert.pl.patient_regulators.")
     top = table.sort_values("rank").head(int(n_top))
@@ -170,7 +151,7 @@ def master_regulators(
     ax.legend(
         frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.75 / (0.24 * len(top) + 1.2)), ncols=2
     )
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)
 
 
 def screen(
@@ -213,7 +194,7 @@ def screen(
     >>> axes = scpert.pl.screen(table, kind="rank")
     """
     check_choice("kind", kind, ("volcano", "rank"))
-    _need(table, ("gene", "shift", "zscore", "pvals", "pvals_adj"), "CellState.screen")
+    need_columns(table, ("gene", "shift", "zscore", "pvals", "pvals_adj"), "CellState.screen")
     ax = _axes(ax, (5.6, 4.0))
     table = table.sort_values("zscore", ascending=False, ignore_index=True)
     hit = (table["pvals_adj"] < fdr).to_numpy()
@@ -248,7 +229,7 @@ def screen(
             )
     if hit.any():
         ax.legend(frameon=False, fontsize=8, loc="upper left" if kind == "volcano" else "lower left")
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)
 
 
 def _towards(table: pd.DataFrame) -> str:
@@ -278,7 +259,7 @@ def cooperative(
     ... )
     >>> axes = scpert.pl.cooperative(table)
     """
-    _need(table, ("regulators", "synergy", "zscore", "pvals_adj"), "CellState.cooperative_regulators")
+    need_columns(table, ("regulators", "synergy", "zscore", "pvals_adj"), "CellState.cooperative_regulators")
     top = table.sort_values("zscore", ascending=False).head(int(n_top))
     sets = [row.split("+") for row in top["regulators"]]
     names = list(dict.fromkeys(n for s in sets for n in s))
@@ -308,7 +289,7 @@ def cooperative(
     ax.set(xlim=(-1.6, 1.6), ylim=(-1.3, 1.45), aspect="equal")
     ax.set_axis_off()
     ax.set_title("synergy: orange above, blue below additive; dashed: FDR ≥ 0.1", fontsize=8, color=_MUTED)
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)
 
 
 def patient_regulators(
@@ -331,7 +312,7 @@ def patient_regulators(
     >>> table = pd.DataFrame({"sample": ["p", "p", "q", "q"], "regulator": ["A", "B"] * 2, "rank": [1, 2, 2, 1]})
     >>> axes = scpert.pl.patient_regulators(table)
     """
-    _need(table, ("sample", "regulator", "rank"), "CellState.master_regulators(per_sample=True)")
+    need_columns(table, ("sample", "regulator", "rank"), "CellState.master_regulators(per_sample=True)")
     from scipy.cluster.hierarchy import leaves_list, linkage
 
     wide = table.pivot(index="regulator", columns="sample", values="rank").astype(float)
@@ -359,4 +340,4 @@ def patient_regulators(
     bar.ax.set_yticklabels([str(t) for t in ticks])
     bar.set_label("rank in the patient", fontsize=8)
     bar.outline.set_visible(False)
-    return _finish(ax, show, return_fig)
+    return finish(ax, show, return_fig)

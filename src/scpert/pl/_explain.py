@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_positive, listing
+from .._checks import check_positive
 from .._docs import shared_docs
 from ..errors import ScpertError
-from ._figure import COLOURS, finish, new_axes
+from ._figure import COLOURS, finish, need_columns, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +33,14 @@ def explain(
 ) -> Axes | Figure:
     """Draw the part of the graphs that carries a prediction, from left to right.
 
-    Left: measured perturbations (their share in the prediction) and neighbours of the targets in the graphs; middle:
+    Left: measured perturbations (their share in the prediction, grey where negative) and neighbours of the targets in the graphs; middle:
     the perturbation; right: genes with the largest predicted shifts, red up, blue down, and arcs between them where one
     feels the other through co-expression or attention. Widths are weights.
 
     Parameters
     ----------
     net
-        Result of ``model.explain(perturbation)``: ``source``, ``target``, ``weight``, ``kind``.
+        Result of ``explain(perturbation)`` of a GEARS or BioDSNN model: ``source``, ``target``, ``weight``, ``kind``.
     n_evidence, n_genes, n_links
         So many nodes on the left, genes on the right and arcs at most.
     {axes}
@@ -63,14 +63,10 @@ def explain(
     >>> model.train(max_epochs=1, accelerator="cpu")
     >>> ax = scpert.pl.explain(model.explain(model.targets_[0]))
     """
-    missing = [c for c in (K.SOURCE, K.TARGET, K.WEIGHT, "kind") if c not in getattr(net, "columns", ())]
-    if missing:
-        raise ScpertError(
-            f"net lacks the column(s) {listing(missing)}: pass the result of model.explain(perturbation)."
-        )
+    need_columns(net, (K.SOURCE, K.TARGET, K.WEIGHT, "kind"), "explain(perturbation) of GEARS or BioDSNN")
     effect = net[net["kind"] == "effect"]
     if effect.empty:
-        raise ScpertError("net has no row of the kind 'effect': pass the result of model.explain(perturbation).")
+        raise ScpertError("The table has no row of the kind 'effect': pass what explain(perturbation) returned.")
     for name, value in {"n_evidence": n_evidence, "n_genes": n_genes}.items():
         check_positive(name, value)
     label = str(effect[K.SOURCE].iloc[0])
@@ -124,7 +120,8 @@ def explain(
             alpha=0.8,
         )
     kinds = {
-        "measured perturbation": ("orange", "-", (left["kind"] == "evidence").any()),
+        "measured perturbation": ("orange", "-", ((left["kind"] == "evidence") & (left[K.WEIGHT] >= 0)).any()),
+        "measured, negative share": ("grey", "-", ((left["kind"] == "evidence") & (left[K.WEIGHT] < 0)).any()),
         "graph neighbour": ("green", "--", (left["kind"] != "evidence").any()),
         "up": ("red", "-", (effect[K.WEIGHT] > 0).any()),
         "down": ("blue", "-", (effect[K.WEIGHT] < 0).any()),

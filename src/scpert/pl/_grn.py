@@ -10,7 +10,7 @@ import pandas as pd
 from .. import _keys as K
 from .._checks import check_choice, listing
 from ..errors import MissingKeyError, ScpertError
-from ._figure import COLOURS, finish, new_axes
+from ._figure import COLOURS, finish, need_columns, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -281,15 +281,11 @@ def grn_evaluation(
     >>> table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10))
     >>> ax = scpert.pl.grn_evaluation(table, metric="precision")
     """
-    missing = [c for c in ("evidence", "network", "k") if c not in table.columns]
-    if missing:
-        raise MissingKeyError(f"table lacks {listing(missing)}: give the table of scpert.tl.evaluate_grn.")
+    need_columns(table, ("evidence", "network", "k"), "scpert.tl.evaluate_grn")
     values = [c for c in table.columns if c not in ("evidence", "network", "k")]
     if metric not in values:
         raise MissingKeyError(f"The table has no metric {metric!r}; it has {listing(values, 30)}.")
     known = [str(e) for e in table["evidence"].unique()]
-    if not known:
-        raise ScpertError("The table is empty: there is nothing to draw.")
     if evidence is None:
         evidence = known[0]
     check_choice("evidence", evidence, known)

@@ -9,7 +9,9 @@ import pandas as pd
 
 from .. import _keys as K
 from .._checks import check_choice
+from .._docs import shared_docs
 from ..errors import MissingKeyError, ScpertError
+from ._figure import COLOURS, finish, name_points, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -18,18 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["genetic_interactions"]
 
-#: Colours that people with colour-blindness tell apart (Okabe and Ito).
-_COLOURS = {
-    "synergy": "#D55E00",
-    "suppression": "#0072B2",
-    "additive": "#999999",
-    "epistasis": "#CC79A7",
-    "redundancy": "#009E73",
-    "neomorphism": "#E69F00",
-    "undetermined": "#000000",
+_CLASSES = {
+    "synergy": COLOURS["red"],
+    "suppression": COLOURS["blue"],
+    "additive": COLOURS["grey"],
+    "epistasis": COLOURS["purple"],
+    "redundancy": COLOURS["green"],
+    "neomorphism": COLOURS["orange"],
+    "undetermined": COLOURS["black"],
 }
 
 
+@shared_docs
 def genetic_interactions(
     adata: AnnData | pd.DataFrame,
     *,
@@ -49,19 +51,16 @@ def genetic_interactions(
         After :func:`scpert.tl.genetic_interactions`, or its table.
     kind
         ``"coefficients"``: c1 against c2, coloured by class, with limits, the additive point and the magnitudes of
-        synergy and suppression as arcs. ``"magnitude"``: predicted against measured magnitude.
+        synergy and suppression as arcs; limits far from all of these leave the frame. ``"magnitude"``: predicted against
+        measured magnitude.
     origin
         For coefficients: ``"measured"`` or ``"predicted"``; by default measured where there are any.
     key
         Where the table is.
     n_labels
-        So many of the combinations farthest from additive are named.
-    ax
-        Axes to draw in; a new figure by default.
-    show
-        Whether to call ``matplotlib.pyplot.show``; by default not.
-    return_fig
-        Return the figure instead of the axes.
+        Of so many combinations farthest from additive (of magnitudes: from the measured one) those are named whose names
+        do not overlap.
+    {axes}
 
     Returns
     -------
@@ -81,8 +80,6 @@ def genetic_interactions(
     >>> ax.get_xlabel()
     'c1 (first target)'
     """
-    import matplotlib.pyplot as plt
-
     check_choice("kind", kind, ("coefficients", "magnitude"))
     if isinstance(adata, pd.DataFrame):
         table = adata
@@ -107,19 +104,13 @@ def genetic_interactions(
                 "No combination is both measured and predicted: call genetic_interactions(..., predicted=...)."
             )
         draw = _magnitude
-    if ax is None:
-        _, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+    ax = new_axes(ax, (5, 5))
     draw(rows, ax, n_labels)
-    if show:
-        plt.show()
-    if return_fig:
-        figure: Any = ax.get_figure()
-        return figure
-    return ax
+    return finish(ax, show, return_fig)
 
 
 def _scatter(rows: pd.DataFrame, x: str, y: str, ax: Axes) -> None:
-    for name, colour in _COLOURS.items():
+    for name, colour in _CLASSES.items():
         part = rows[rows["class"].astype(str) == name]
         if len(part):
             ax.scatter(part[x], part[y], s=24, color=colour, label=f"{name} ({len(part)})", zorder=3)
@@ -127,11 +118,8 @@ def _scatter(rows: pd.DataFrame, x: str, y: str, ax: Axes) -> None:
 
 
 def _name(rows: pd.DataFrame, x: str, y: str, far: np.ndarray, n: int, ax: Axes) -> None:
-    for i in np.argsort(-far, kind="stable")[:n]:
-        row = rows.iloc[i]
-        ax.annotate(
-            str(row["perturbation"]), (row[x], row[y]), fontsize="x-small", xytext=(3, 3), textcoords="offset points"
-        )
+    order = np.argsort(-far, kind="stable")[:n]
+    name_points(ax, rows[x].to_numpy(), rows[y].to_numpy(), rows["perturbation"].astype(str).to_numpy(), order)
 
 
 def _coefficients(rows: pd.DataFrame, ax: Axes, n_labels: int) -> None:
@@ -149,8 +137,12 @@ def _coefficients(rows: pd.DataFrame, ax: Axes, n_labels: int) -> None:
         ax.plot(radius * np.cos(angle), radius * np.sin(angle), color="0.6", lw=0.8, ls="--", zorder=2)
     ax.plot([1], [1], marker="+", color="black", ms=12, zorder=2)
     _scatter(rows, "c1", "c2", ax)
-    _name(rows, "c1", "c2", np.hypot(rows["c1"].to_numpy() - 1, rows["c2"].to_numpy() - 1), n_labels, ax)
-    ax.set(xlabel="c1 (first target)", ylabel="c2 (second target)", aspect="equal")
+    found = rows[["c1", "c2"]].to_numpy(dtype=float)
+    low, high = np.nanmin(found, initial=0.0), np.nanmax(found, initial=1.8)
+    room = 0.2 * (high - low)
+    ax.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal")
+    ax.set(xlabel="c1 (first target)", ylabel="c2 (second target)")
+    _name(rows, "c1", "c2", np.hypot(found[:, 0] - 1, found[:, 1] - 1), n_labels, ax)
 
 
 def _magnitude(rows: pd.DataFrame, ax: Axes, n_labels: int) -> None:
@@ -159,8 +151,11 @@ def _magnitude(rows: pd.DataFrame, ax: Axes, n_labels: int) -> None:
     low = float(min(rows[x].min(), rows[y].min()))
     high = float(max(rows[x].max(), rows[y].max()))
     ax.plot([low, high], [low, high], color="0.6", lw=0.8, ls="--", zorder=1)
-    _name(rows, x, y, np.abs(rows[x].to_numpy() - rows[y].to_numpy()), n_labels, ax)
+    room = 0.15 * max(high - low, 0.1)
+    ax.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal")
     title = f"n = {len(rows)}"
     if len(rows) > 2:
         title += f", Pearson {np.corrcoef(rows[x], rows[y])[0, 1]:.2f}"
-    ax.set(xlabel="magnitude, measured", ylabel="magnitude, predicted", title=title)
+    ax.set(xlabel="magnitude, measured", ylabel="magnitude, predicted")
+    ax.set_title(title, fontsize="medium")
+    _name(rows, x, y, np.abs(rows[x].to_numpy() - rows[y].to_numpy()), n_labels, ax)

@@ -14,7 +14,7 @@ from .._docs import shared_docs
 from ..data._perturbation import canonical, parse
 from ..data._screen import Screen
 from ..errors import LabelError, MissingKeyError, ScpertError
-from ._figure import COLOURS, finish, new_axes
+from ._figure import COLOURS, finish, name_points, new_axes
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,25 +85,25 @@ def training(
     return finish(ax, show, return_fig)
 
 
-def _observed(
-    adata: AnnData, perturbation_key: str, control: str, layer: str | None, scale: str, library_size_key: str | None
-) -> Screen:
-    return Screen(
-        adata,
-        perturbation_key=perturbation_key,
-        control=control,
-        layer=layer,
-        scale=scale,
-        library_size_key=library_size_key,
-    )
-
-
-def _row(predicted: AnnData, label: str) -> np.ndarray:
-    labels = np.array([canonical(x) for x in predicted.obs[K.PERTURBATION].astype(str)])
-    rows = np.flatnonzero(labels == canonical(label))
+def _pair(
+    predicted: AnnData, observed: AnnData, perturbation: str, perturbation_key: str, control: str, **values: Any
+) -> tuple[Screen, str, np.ndarray]:
+    """The observed screen, the perturbation's label in its usual form, and the rows that predict it."""
+    screen = Screen(observed, perturbation_key=perturbation_key, control=control, **values)
+    label = canonical(perturbation, control)
+    if label not in screen.perturbations:
+        raise LabelError(
+            f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}."
+        )
+    labels = np.array([canonical(x, control) for x in predicted.obs[K.PERTURBATION].astype(str)])
+    rows = np.flatnonzero(labels == label)
     if len(rows) == 0:
         raise LabelError(f"{label!r} is not among the predicted perturbations: {listing(sorted(set(labels)), 8)}.")
-    return rows
+    return screen, label, rows
+
+
+def _dense(values: Any) -> np.ndarray:
+    return values.toarray() if hasattr(values, "toarray") else np.asarray(values)
 
 
 @shared_docs
@@ -153,20 +153,15 @@ def predicted_vs_observed(
     >>> prediction = model.predict_perturbation()
     >>> ax = scpert.pl.predicted_vs_observed(prediction, adata, model.labels_[0])
     """
-    screen = _observed(observed, perturbation_key, control, layer, scale, library_size_key)
-    label = canonical(perturbation, control)
-    if label not in screen.perturbations:
-        raise LabelError(
-            f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}."
-        )
+    values: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    screen, label, rows = _pair(predicted, observed, perturbation, perturbation_key, control, **values)
     groups = np.where(screen.labels == label, "p", np.where(screen.is_control, "c", "other"))
     m = screen.moments(groups, mask=groups != "other")
     shift = m.mean[1] - m.mean[0]
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(np.nan_to_num(m.var[1] / m.n[1]) + np.nan_to_num(m.var[0] / m.n[0]))
-    rows = _row(predicted, label)
     if K.DELTA in predicted.layers:
-        guess = np.asarray(predicted.layers[K.DELTA][rows]).mean(axis=0)
+        guess = _dense(predicted.layers[K.DELTA][rows]).mean(axis=0)
     else:
         X = predicted.X[rows]
         guess = np.asarray(X.mean(axis=0)).ravel()
@@ -192,27 +187,13 @@ def predicted_vs_observed(
     own_genes = set(parse(label, control))
     for i in np.flatnonzero([g in own_genes for g in genes]):
         ax.scatter(x[i], y[i], s=45, facecolors="none", edgecolors=COLOURS["red"], zorder=3)
-    named: list[int] = []
-    for i in np.argsort(-np.abs(x), kind="stable")[:n_labels]:
-        # a name that would lie on another one is left out; names near the right edge go to the left of their point
-        if any(abs(x[i] - x[j]) < 0.3 * span and abs(y[i] - y[j]) < 0.07 * span for j in named):
-            continue
-        named.append(int(i))
-        left = x[i] > 0.7 * span
-        ax.annotate(
-            genes[i],
-            (x[i], y[i]),
-            fontsize=7,
-            xytext=(-4 if left else 4, 4),
-            textcoords="offset points",
-            ha="right" if left else "left",
-        )
     ax.set_xlim(-span, span)
     ax.set_ylim(-span, span)
     ax.set_xlabel("observed shift (log1p CP10k)")
     ax.set_ylabel("predicted shift")
     status = f", {predicted.obs[K.STATUS].iloc[rows[0]]}" if K.STATUS in predicted.obs else ""
     ax.set_title(f"{label}: r = {r:.2f}, {m.n[1]} cells{status}", fontsize="medium")
+    name_points(ax, x, y, genes, np.argsort(-np.abs(x), kind="stable")[:n_labels])
     return finish(ax, show, return_fig)
 
 
@@ -264,26 +245,23 @@ def top_genes(
     >>> ax = scpert.pl.top_genes(model.predict_perturbation(), adata, model.labels_[0], n_genes=5)
     """
     check_positive("n_genes", n_genes)
-    screen = _observed(observed, perturbation_key, control, layer, scale, library_size_key)
-    label = canonical(perturbation, control)
-    if label not in screen.perturbations:
-        raise LabelError(
-            f"{perturbation!r} is not among the observed perturbations: {listing(screen.perturbations, 8)}."
-        )
+    values: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    screen, label, rows = _pair(predicted, observed, perturbation, perturbation_key, control, **values)
     cells = screen.rows(screen.labels == label).toarray()
     groups = np.where(screen.is_control, "c", "other")
     base = screen.moments(groups, mask=screen.is_control).mean[0]
     shift = cells.mean(axis=0) - base
     shared = screen.genes.intersection(predicted.var_names)
+    title = f"{label}: chosen genes"
     if genes is None:
         order = np.argsort(-np.abs(shift), kind="stable")
         genes = [screen.genes[i] for i in order if screen.genes[i] in shared][: int(n_genes)]
+        title = f"{label}: {len(genes)} genes with the largest shift"
     unknown = [g for g in genes if g not in shared]
     if unknown:
         raise MissingKeyError(f"Not measured or not predicted: {listing(unknown)}.")
     mine = screen.genes.get_indexer(pd.Index(genes))
     theirs = predicted.var_names.get_indexer(pd.Index(genes))
-    rows = _row(predicted, label)
     ax = new_axes(ax, (max(5, 0.42 * len(genes)), 3.4))
     place = np.arange(len(genes))
     style: dict[str, Any] = {"patch_artist": True, "showfliers": False, "manage_ticks": False}
@@ -298,22 +276,20 @@ def top_genes(
     boxes(cells[:, mine] - base[mine], place - (0.19 if many else 0), COLOURS["blue"])
     handles = [_patch(COLOURS["blue"], f"observed ({len(cells)} cells)")]
     if many:
-        block = predicted.X[rows][:, theirs]
-        block = block.toarray() if hasattr(block, "toarray") else np.asarray(block)
-        boxes(block - base[mine], place + 0.19, COLOURS["orange"])
+        boxes(_dense(predicted.X[rows][:, theirs]) - base[mine], place + 0.19, COLOURS["orange"])
         handles.append(_patch(COLOURS["orange"], f"predicted ({len(rows)} cells)"))
     else:
         if K.DELTA in predicted.layers:
-            value = np.asarray(predicted.layers[K.DELTA][rows[0]]).ravel()[theirs]
+            value = _dense(predicted.layers[K.DELTA][rows]).ravel()[theirs]
         else:
-            value = np.asarray(predicted.X[rows[0]]).ravel()[theirs] - base[mine]
+            value = _dense(predicted.X[rows]).ravel()[theirs] - base[mine]
         ax.plot(place, value, "D", ms=5, color=COLOURS["red"], mec="white", mew=0.6, zorder=4)
         handles.append(_marker(COLOURS["red"], "predicted mean"))
-    ax.plot(place, shift[mine], "_", ms=12, mew=2, color=COLOURS["black"], zorder=3)
+    ax.plot(place - (0.19 if many else 0), shift[mine], "_", ms=12, mew=2, color=COLOURS["black"], zorder=3)
     handles.append(_marker(COLOURS["black"], "observed mean", "_"))
     ax.set_xticks(place, genes, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set_ylabel("log1p CP10k minus control mean")
-    ax.set_title(f"{label}: {len(genes)} genes with the largest shift", fontsize="medium")
+    ax.set_title(title, fontsize="medium")
     ax.legend(handles=handles, frameon=False, fontsize="small", loc="best")
     return finish(ax, show, return_fig)
 
@@ -366,7 +342,7 @@ def effects(
     check_positive("n_genes", n_genes)
     check_positive("n_perturbations", n_perturbations)
     values = effects.layers[K.DELTA] if K.DELTA in effects.layers else effects.X
-    values = np.nan_to_num(values.toarray() if hasattr(values, "toarray") else np.asarray(values))
+    values = np.nan_to_num(_dense(values))
     names = effects.obs[K.PERTURBATION].astype(str).to_numpy() if K.PERTURBATION in effects.obs else effects.obs_names
     keep = np.flatnonzero(np.asarray(names) != K.CONTROL)
     rows = keep[np.argsort(-(values[keep] ** 2).sum(1), kind="stable")[: int(n_perturbations)]]

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import exp1
-from scipy.stats import norm
 
 from .. import _keys as K
 from .._checks import check_fraction, check_positive, listing
@@ -46,7 +44,9 @@ INTERACTION_THRESHOLDS = {
 }
 CLASSES = ("synergy", "suppression", "additive", "epistasis", "redundancy", "neomorphism")
 _SMALL = 256  # samples up to this size: all pairs at once is faster than sorting
-_HUBER = 2.5  # residuals beyond so many standard errors lose weight
+_BLOCK = 2**16  # numbers at once, which stay in the processor's cache
+_HUBER = 4.0  # residuals beyond so many standard errors lose weight
+_WEAK = 4.0  # singles that stand out of their noise by fewer standard errors are corrected in part
 _LEAST = 1e-3  # coefficients below count as this in the dominance, which stays finite
 
 
@@ -288,13 +288,13 @@ def _corrected(X: np.ndarray, y: np.ndarray, error: np.ndarray, multiple: float 
     With errors :math:`S_g` of the singles' and :math:`s_g` of their covariance with the combination's shift, and Huber's
     weights :math:`w_g`,
 
-    .. math:: \Bigl(\sum_g w_g (x_g x_g^T - \kappa S_g)\Bigr) c = \sum_g w_g (x_g y_g - \kappa s_g)
+    .. math:: \Bigl(\sum_g w_g (x_g x_g^T - S_g)\Bigr) c = \sum_g w_g (x_g y_g - s_g)
 
-    has the noise-free coefficients as its expected solution (the classical correction for attenuation, Fuller 1987).
-    :math:`\kappa = E[w z^2] / E[w]` of a normal z accounts for weights that depend on the errors. The full
-    correction is meant for singles whose signal stands out: along each principal direction of the moments, relative to
-    the noise, with eigenvalue :math:`\lambda` (1: noise alone, with a standard error of :math:`\sqrt{2/n}` over n genes),
-    the share :math:`t^2 / (t^2 + 4)` of it is subtracted, :math:`t = (\lambda - 1) / \sqrt{2/n}`.
+    has the noise-free coefficients as its expected solution (the classical correction for attenuation, Fuller 1987), if
+    the choice of the genes does not depend on these errors. The solution has no finite variance where the singles hardly
+    stand out of their noise: along each principal direction of the moments, relative to the noise, with eigenvalue
+    :math:`\lambda` (1: noise alone, with a standard error of :math:`\tau = \sqrt{2/n}` over n genes), what is left after
+    the correction is the positive root of :math:`r (r - (\lambda - 1)) = (2 \tau)^2` in place of :math:`\lambda - 1`.
 
     Parameters
     ----------
@@ -310,47 +310,53 @@ def _corrected(X: np.ndarray, y: np.ndarray, error: np.ndarray, multiple: float 
     Coefficients ``(replicate, k)``.
     """
     k, n = X.shape[2], X.shape[1]
-    inside = 2 * norm.cdf(_HUBER) - 1
-    kappa = multiple * inside / (inside + _HUBER * exp1(_HUBER**2 / 2) / sqrt(2 * np.pi))
-    S, s, own = error[:, :k, :k], error[:, :k, k], error[:, k, k]
+    block = max(1, _BLOCK // n)
+    if len(X) > block:
+        parts = [slice(i, i + block) for i in range(0, len(X), block)]
+        return np.concatenate([_corrected(X[part], y[part], error, multiple) for part in parts])
+    S, s, own = error[:, :k, :k].reshape(n, k * k), error[:, :k, k], error[:, k, k]
+    tolerance = 1e-5 if multiple == 1 else 1e-3  # resamplings
+    least = (_WEAK * sqrt(2 / n) / multiple) ** 2
+    Xt = np.ascontiguousarray(X.transpose(0, 2, 1))
     weight = np.ones_like(y)
     c = np.zeros((len(X), k))
     for _ in range(50):
-        weighted = X * weight[..., None]
-        moment, cross = weighted.transpose(0, 2, 1) @ X, (weighted.transpose(0, 2, 1) @ y[..., None])[..., 0]
-        noise = kappa * np.einsum("bg,gij->bij", weight, S) + 1e-12 * np.eye(k)
+        weighted = Xt * weight[:, None]
+        noise = multiple * (weight @ S).reshape(-1, k, k) + 1e-12 * np.eye(k)
         root = np.linalg.inv(np.linalg.cholesky(noise))
-        signal, direction = np.linalg.eigh(root @ moment @ root.transpose(0, 2, 1))
+        signal, direction = np.linalg.eigh(root @ (weighted @ Xt.transpose(0, 2, 1)) @ root.transpose(0, 2, 1))
         to = direction.transpose(0, 2, 1) @ root  # whitens the noise and turns to the principal directions
-        t2 = np.maximum(signal - 1, 0.0) ** 2 * multiple**2 * n / 2
-        share = t2 / (t2 + 4)
-        turned = (to @ cross[..., None] - share[..., None] * (to @ (kappa * (weight @ s))[..., None])) / (
-            np.maximum(signal - share, 1e-12)[..., None]
-        )
-        following = (to.transpose(0, 2, 1) @ turned)[..., 0]
+        left = (signal - 1 + np.sqrt((signal - 1) ** 2 + least)) / 2
+        share = np.maximum(signal - left, 0.0)[..., None]  # of the correction
+        cross = to @ (weighted @ y[..., None]) - share * (to @ (multiple * (weight @ s))[..., None])
+        following = (to.transpose(0, 2, 1) @ (cross / left[..., None]))[..., 0]
         moved = np.abs(following - c).max()
         c = following
-        if moved < 1e-5:
+        if moved < tolerance:
             break
-        spread = own - 2 * c @ s.T + np.einsum("bi,gij,bj->bg", c, S, c)
-        residual = np.abs(y - (X @ c[..., None])[..., 0]) / np.sqrt(np.maximum(multiple * spread, 1e-12))
-        residual /= np.maximum(1.0, np.median(residual, axis=1, keepdims=True) / 0.6745)  # shifts that do not fit, too
+        spread = own - 2 * c @ s.T + (c[:, :, None] * c[:, None, :]).reshape(-1, k * k) @ S.T
+        residual = np.abs(y - (c[:, None] @ Xt)[:, 0]) / np.sqrt(np.maximum(multiple * spread, 1e-12))
+        median = np.partition(residual, n // 2, axis=1)[:, n // 2, None]
+        residual /= np.maximum(1.0, median / 0.6745)  # shifts that do not fit, too
         weight = np.minimum(1.0, _HUBER / np.maximum(residual, 1e-12))
     return c
+
+
+def _of_coefficients(c: np.ndarray) -> dict[str, float]:
+    size = np.maximum(np.abs(c), _LEAST)
+    out = {f"c{i + 1}": float(x) for i, x in enumerate(c)}
+    return out | {"magnitude": float(np.linalg.norm(c)), "dominance": float(np.log10(size.max() / size.min()))}
 
 
 def _measures(X: np.ndarray, y: np.ndarray, c: np.ndarray, full: bool = False) -> dict[str, float]:
     """All measures of one combination: ``X`` the singles' shifts ``(gene, k)``, ``y`` the combination's."""
     k = X.shape[1]
-    out = {f"c{i + 1}": float(c[i]) for i in range(k)}
-    out["magnitude"] = float(np.linalg.norm(c))
+    out = _of_coefficients(c)
     out["model_fit"] = distance_correlation(X @ c, y) if np.isfinite(c).all() else np.nan
     each = np.array([distance_correlation(X[:, i], y) for i in range(k)])
     out["equality"] = float(each.min() / each.max()) if np.isfinite(each).all() and each.max() > 0 else np.nan
     between = [distance_correlation(X[:, i], X[:, j]) for i, j in combinations(range(k), 2)]
     out["similarity_singles"] = float(np.min(between))
-    size = np.maximum(np.abs(c), _LEAST)
-    out["dominance"] = float(np.log10(size.max() / size.min()))
     strongest = np.linalg.norm(X, axis=0).max()
     out["strength"] = float(np.linalg.norm(y) / strongest) if strongest > 0 else np.nan
     if full:
@@ -476,8 +482,9 @@ def genetic_interactions(
 
     .. math:: \delta_{ab} = c_1\,\delta_a + c_2\,\delta_b + \epsilon,
 
-    over the genes with a detectable shift, each divided by its standard error. Measured combinations: robust regression
-    corrected for the noise in the singles' shifts (Fuller 1987); predictions and effects: Theil-Sen.
+    by a robust regression over all genes, each divided by its standard deviation within perturbations, that corrects
+    for the noise in the singles' shifts (Fuller 1987). Predictions and effects are fitted by Theil-Sen over the genes
+    with a detectable shift.
 
     Parameters
     ----------
@@ -494,7 +501,8 @@ def genetic_interactions(
     layer, scale, library_size_key
         Where the values are, what they are, and the column with the full library size.
     genes
-        Genes to use; by default those with a z-score of at least ``min_zscore`` in any single or in the measured
+        Genes to use. By default the coefficients of measured combinations come from all genes; the other measures, and
+        coefficients by Theil-Sen, from those with a z-score of at least ``min_zscore`` in any single or in the measured
         combination, and at least the ``min_genes`` highest. The combination's own targets are always left out.
     min_zscore, min_genes
         See ``genes``.
@@ -519,7 +527,7 @@ def genetic_interactions(
     ``None``; writes ``adata.uns[key_added]``, a DataFrame with one row per combination and origin (index: the label;
     of predictions with `` (predicted)`` behind):
 
-    ``perturbation``, ``origin`` (``measured``, ``predicted``), ``n_targets``, ``n_cells``, ``n_genes`` (used)
+    ``perturbation``, ``origin`` (``measured``, ``predicted``), ``n_targets``, ``n_cells``, ``n_genes`` (of the fit)
         What was analysed.
     ``c1``, ``c2``, ...
         Coefficients of the targets in alphabetical order (NaN beyond ``n_targets``).
@@ -536,7 +544,8 @@ def genetic_interactions(
     ``strength``
         Length of the combination's shift over that of the stronger single.
     ``class``, ``class_confidence``
-        See below; and the share of the resamplings, turned round the estimate as for the limits, with the same class.
+        See below; and the share of the resamplings, turned round the estimate as for the limits (magnitude and dominance
+        from turned coefficients), with the same class.
     ``<measure>_lower``, ``<measure>_upper``
         Limits: basic bootstrap, :math:`2\hat\theta - q`, for all measures but ``similarity``.
 
@@ -552,8 +561,8 @@ def genetic_interactions(
     :math:`m \le 0.75`; *epistasis*: dominance of at least 0.6 (one coefficient four times the other); *synergy*:
     :math:`m \ge 1.25`; *suppression*: :math:`m \le 0.75`; else *additive*.
 
-    The correction is partial for singles that hardly stand out of their noise, whose coefficients stay drawn towards
-    zero: read them beside ``n_cells``. The page on interactions tells the coverage of the limits on simulated screens.
+    The correction is partial for singles that hardly stand out of their noise: their coefficients stay drawn towards
+    zero, and their limits are wide. The page on interactions tells the coverage of the limits on simulated screens.
 
     Examples
     --------
@@ -659,36 +668,39 @@ def _analyse(
         unit = shifts.control_sd
     unit = np.where(np.isfinite(unit), unit, 0.0)
     use &= unit > 0
-    ranked: np.ndarray | None = None
     if chosen is not None:
         use &= chosen
-    elif shifts.effects or not here:
+    every = np.flatnonzero(use)
+    if shifts.effects or not here:
         ranked = np.abs(np.column_stack([X, y])).max(axis=1) / np.where(unit > 0, unit, np.inf)
         least = np.inf
     else:
         ranked = np.max([shifts.zscore(p) for p in [*here, *([label] if label in shifts.row else [])]], axis=0)
         least = min_zscore
-    if ranked is not None and use.sum() > min_genes:
+    if chosen is None and use.sum() > min_genes:
         ranked = np.where(use, ranked, -1.0)
         use &= ranked >= min(least, np.sort(ranked)[-min_genes])
-    index = np.flatnonzero(use)
+    index = np.flatnonzero(use)  # with a detectable shift
     if len(index) <= k:
         raise ScpertError(
             f"{label}: only {len(index)} gene(s) can be used for {k} coefficients. Use more genes, or leave genes=None."
         )
     seed = np.random.default_rng([shifts.random_state, zlib.crc32(label.encode()), 1])
-    subsets = _subsets(len(index), k, max_subsets, seed)
-    scale = unit[index, None]
-    Xs, ys = X[index] / scale, y[index] / scale[:, 0]
     used = [shifts.row[p] for p in [*singles, label, control] if p in shifts.row]
-    error = None
-    if weighted and not shifts.effects and origin == "measured" and shifts.n[used].min() > 1:
-        variance = shifts.se2[used[: k + 1]][:, index] / scale[:, 0] ** 2
-        error = variance.T[:, :, None] * np.eye(k + 1) + (shifts.control_se2[index] / scale[:, 0] ** 2)[:, None, None]
+    corrected = weighted and not shifts.effects and origin == "measured" and shifts.n[used].min() > 1
+    if corrected:  # by all genes: a choice by these shifts would depend on their errors, which the correction excludes
+        n = shifts.n[used]
+        pooled = n**2 @ shifts.se2[used] / n.sum()  # variance within perturbations
+        fitted, fit_unit = every, np.sqrt(pooled[every])
+        error = (shifts.se2[used[: k + 1]][:, fitted] / fit_unit**2).T[:, :, None] * np.eye(k + 1)
+        error += (shifts.control_se2[fitted] / fit_unit**2)[:, None, None]
+    else:
+        fitted, fit_unit = index, unit[index]
+        subsets = _subsets(len(index), k, max_subsets, seed)
 
     def fit(Xb: np.ndarray, yb: np.ndarray, again: bool = True) -> np.ndarray:
         """Coefficients of each replicate ``(replicate, k)``."""
-        if error is not None:
+        if corrected:
             return _corrected(Xb, yb, error, 2.0 if again else 1.0)
         tolerance = 1e-4 if again else 1e-6
         return np.array(
@@ -698,20 +710,26 @@ def _analyse(
             ]
         )
 
-    row: dict[str, Any] = _measures(Xs, ys, fit(Xs[None], ys[None], again=False)[0], full=True)
+    c = fit(X[None, fitted] / fit_unit[:, None], y[None, fitted] / fit_unit, again=False)[0]
+    Xs, ys = X[index] / unit[index, None], y[index] / unit[index]
+    row: dict[str, Any] = _measures(Xs, ys, c, full=True)
     kind = _classify(row, k, limits)
     n_cells = int(shifts.n[shifts.row[label]]) if origin == "measured" else 0
-    row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(index))
+    row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(fitted))
     row.update({"class": kind, "class_confidence": np.nan})
     if shifts.n_boot:
         if origin == "measured":
-            Xb = np.stack([shifts.resampled_shift(t)[:, index] for t in singles], axis=2) / scale
-            yb = shifts.resampled_shift(label)[:, index] / scale[:, 0]
+            Xb = np.stack([shifts.resampled_shift(t) for t in singles], axis=2)
+            yb = shifts.resampled_shift(label)
+            cb = fit(Xb[:, fitted] / fit_unit[:, None], yb[:, fitted] / fit_unit)
+            Xb, yb = Xb[:, index] / unit[index, None], yb[:, index] / unit[index]
         else:  # what was learned from the same cells does not vary independently of the singles: genes are drawn
             genes = seed.integers(len(index), size=(shifts.n_boot, len(index)))
             Xb, yb = Xs[genes], ys[genes]
-        replicates = [_measures(Xi, yi, c) for Xi, yi, c in zip(Xb, yb, fit(Xb, yb), strict=True)]
+            cb = fit(Xb, yb)
+        replicates = [_measures(Xi, yi, ci) for Xi, yi, ci in zip(Xb, yb, cb, strict=True)]
         turned = [{name: 2 * row[name] - r[name] for name in r} for r in replicates]  # as in the limits
+        turned = [r | _of_coefficients(2 * c - ci) for r, ci in zip(turned, cb, strict=True)]
         row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in turned]))
         tail = (1 - confidence) / 2
         for name in replicates[0]:
