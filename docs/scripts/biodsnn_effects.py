@@ -5,7 +5,8 @@
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_effects.py k562 --genes 1000
 
 Ten folds over perturbations; a perturbation's own gene is left out; mean over perturbations of the correlation with the
-observed effect, of the same after the training mean is taken from both, and the squared error over that of the mean.
+observed effect, of the same after the training mean is taken from both, and the squared error over that of the mean; then the
+differences between the last model and the others, with limits.
 ``--linear`` gives the network one batch and no say: what is left is the linear graph model. ``--genes`` keeps the genes
 that vary most, so that the networks can be trained in minutes; the other models then see the same genes. Predictions
 are kept in ``--out``.
@@ -70,6 +71,16 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else 0.0
 
 
+def difference(gain: np.ndarray) -> str:
+    """Paired differences with bootstrap limits over perturbations."""
+    draws = gain[np.random.default_rng(0).integers(0, len(gain), (2000, len(gain)))].mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    names = ("r", "centred", "squared error over the mean's")
+    return ", ".join(
+        f"{n} {g:.4f} [{a:.4f}, {b:.4f}]" for n, g, a, b in zip(names, gain.mean(axis=0), low, high, strict=True)
+    )
+
+
 def predict(adata: AnnData, name: str, known: dict, mask, test: list[str], epochs: int, linear: bool) -> dict:
     """Predictions of the test perturbations, with the network's part and without it."""
     import scpert
@@ -127,6 +138,7 @@ def main() -> None:
     gene = {g: i for i, g in enumerate(adata.var_names)}
     for which in [s.split("+") for s in args.sets] if args.sets else SETS[args.table]:
         known = {k: tables[k] for k in which}
+        by_model: dict[str, np.ndarray] = {}
         for name in args.models:
             epochs = args.epochs or EPOCHS.get(name, {}).get(args.table, 0)
             scores: dict[str, list] = {"full": [], "linear": []}
@@ -154,6 +166,8 @@ def main() -> None:
                             (correlation(p[keep], o[keep]), correlation((p - mean)[keep], (o - mean)[keep]))
                         )
                         error[key].append((((p - o)[keep] ** 2).sum(), ((mean - o)[keep] ** 2).sum()))
+            both = np.array(error["full"])
+            by_model[name] = np.column_stack([np.array(scores["full"]), both[:, 0] / both[:, 1].mean()])
             network = name in ("GEARS", "BioDSNN") and not args.linear
             for key in ("full", "linear") if network else ("full",):
                 r, c = np.mean(scores[key], axis=0)
@@ -166,6 +180,9 @@ def main() -> None:
                     f"squared error {e[0] / e[1]:.3f} of the mean's{note} ({time.process_time() - start:.0f} s)",
                     flush=True,
                 )
+        *others, last = by_model
+        for name in others:
+            print(f"       {last} minus {name}: {difference(by_model[last] - by_model[name])}", flush=True)
 
 
 if __name__ == "__main__":
