@@ -251,3 +251,18 @@ def test_save_and_load(fitted, tmp_path):
     np.testing.assert_allclose(a.X, b.X, atol=1e-6)
     np.testing.assert_allclose(a.layers["lower"], b.layers["lower"], atol=1e-5)
     pd.testing.assert_frame_equal(model.explain("p65"), loaded.explain("p65"))
+
+
+def test_axes_of_few_rows_are_those_of_the_svd():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(20, 120)) * np.geomspace(1, 0.05, 20)[:, None]
+    axes = gp._principal_axes(X, 12, rng)
+    exact = np.linalg.svd(X, full_matrices=False)[2][:12]
+    np.testing.assert_allclose(np.abs(np.sum(axes * exact, axis=1)), 1.0, atol=1e-8)
+    np.testing.assert_allclose(axes @ axes.T, np.eye(12), atol=1e-8)
+    flat = np.outer(
+        rng.normal(size=5), rng.normal(size=100)
+    )  # rank 1: the rest of the axes is arbitrary, but orthonormal
+    np.testing.assert_allclose(
+        gp._principal_axes(flat, 4, rng) @ gp._principal_axes(flat, 4, rng).T, np.eye(4), atol=1e-8
+    )

@@ -795,7 +795,13 @@ class KnowledgeGP(KnowledgeModel):
 def _principal_axes(residual: np.ndarray, rank: int, rng: np.random.Generator) -> np.ndarray:
     """Leading right singular vectors ``(rank, gene)``: exact for small matrices, by random projection for large ones."""
     rank = max(1, min(rank, *residual.shape))
-    if min(residual.shape) <= 2000:
+    rows, columns = residual.shape
+    if 4 * rows < columns and rows <= 2000:  # the rows' products are a small matrix
+        values, vectors = np.linalg.eigh(residual @ residual.T)
+        values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+        if values[-1] > 1e-10 * values[0]:
+            return (vectors.T @ residual) / np.sqrt(values)[:, None]
+    if min(rows, columns) <= 2000:
         return np.linalg.svd(residual, full_matrices=False)[2][:rank]
     q = residual @ rng.standard_normal((residual.shape[1], rank + 20))
     for _ in range(3):
