@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 import scpert
 from scpert.errors import ScpertError, UnknownTargetError
 from scpert.tl._grn import weighted_bh
-from scpert.tl._grn_inverse import direct_effects, indirect_discount, strongest_path
+from scpert.tl._grn_inverse import chance_path, direct_effects, indirect_discount, strongest_path
 from scpert.tl._rank_sum import rank_sums
 
 SIMPLE = ["interventional", "sparse_inverse", "ridge", "correlation", "boosting"]
@@ -241,11 +241,20 @@ def test_discount_leaves_noise_in_its_order():
     z[position, position] = -10.0
     off = np.ones(z.shape, dtype=bool)
     off[position, position] = False
-    spread = {}
-    for path_cut in (0.0, 2.0):
+    spread = []
+    for path_cut in (None, 0.0):
         factor, _ = indirect_discount(z, error, sign, position, path_cut=path_cut)
-        spread[path_cut] = factor[off].std() / factor[off].mean()
-    assert spread[2.0] < 0.1 < spread[0.0]
+        spread.append(factor[off].std() / factor[off].mean())
+    assert spread[0] < 0.1 < spread[1]
+
+
+@pytest.mark.parametrize("n", [20, 300])
+def test_chance_path_is_the_best_of_paths_over_noise(n):
+    first, second = np.abs(np.random.default_rng(0).normal(size=(2, 2000, n)))
+    right_sign = np.random.default_rng(1).random((2000, n)) < 0.5
+    above = (np.minimum(first, second) > chance_path(n)) & right_sign
+    assert above.sum(axis=1).mean() == pytest.approx(1.0, abs=0.1)
+    assert chance_path(1) == 0.0
 
 
 # ---------------------------------------------------------------------------------------------- over cells

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import special
 
 from .. import _keys as K
 from .._progress import progress
@@ -33,8 +34,7 @@ def strongest_path(zscore: np.ndarray, position: np.ndarray, cut: float = 0.0) -
     position
         Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
     cut
-        :math:`c`: the best of many paths over noise alone has steps of one to two standard errors; only what is above
-        counts, so that weak evidence keeps its order.
+        :math:`c`: only what both steps have above it counts.
 
     Returns
     -------
@@ -60,6 +60,14 @@ def strongest_path(zscore: np.ndarray, position: np.ndarray, cut: float = 0.0) -
                 other = np.maximum(other, np.minimum(step, to_other[index]).max(axis=0))
         out[row] = np.where(z[row] > 0, same, np.where(z[row] < 0, other, np.maximum(same, other)))
     return out
+
+
+def chance_path(n_regulators: int) -> float:
+    r"""Standard errors :math:`t` that the best of :math:`n` paths over noise reaches: one of them is expected above.
+
+    Both steps are beyond :math:`t`, with the sign asked for, with probability :math:`2\,\Phi(-t)^2`.
+    """
+    return float(max(-special.ndtri(1.0 / np.sqrt(2.0 * max(n_regulators, 1))), 0.0))
 
 
 def direct_effects(
@@ -153,7 +161,7 @@ def indirect_discount(
     *,
     penalty: float | np.ndarray = 3.0,
     cut: float = 3.0,
-    path_cut: float = 2.0,
+    path_cut: float | None = None,
     path_scale: float = 2.0,
     floor: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +178,11 @@ def indirect_discount(
         +1 where the perturbation raises its target, -1 where it lowers it ``(regulator,)``.
     position
         Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+    path_cut
+        Standard errors that both steps of a path must exceed; default: one more than :func:`chance_path`.
     """
+    if path_cut is None:
+        path_cut = 1.0 + chance_path(int((position >= 0).sum()))
     with np.errstate(divide="ignore", invalid="ignore"):
         evidence = np.nan_to_num(np.where(error > 0, shift / error, 0.0))
     paths = strongest_path(sign[:, None] * evidence, position, path_cut)
@@ -183,7 +195,7 @@ def indirect_discount(
 def sparse_inverse(problem: Problem) -> Scores:
     """Direct edges; page ``docs/grn/sparse_inverse.md``."""
     options = method_options(
-        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_cut=2.0, path_scale=2.0, floor=1.0, composition=True
+        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_cut=None, path_scale=2.0, floor=1.0, composition=True
     )
     found = total_effects(problem, composition=options["composition"])
     position = problem.position
