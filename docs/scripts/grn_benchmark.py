@@ -1,7 +1,7 @@
 """Simulated screens: AUPRC of direct edges and of total effects, and the false discovery rate, for every method.
 
-``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--boosting] [--gpovae] [--only TEXT] [--save rows.csv]`` prints the tables of
-``docs/grn/index.md``; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in several processes).
+``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--methods NAME ...] [--only TEXT] [--save rows.csv]`` prints the
+tables of ``docs/grn/index.md``; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in several processes).
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ METHODS = {
     "sparse_inverse": {"method": "sparse_inverse", "threshold": 0},
     "ridge": {"method": "ridge", "threshold": 0},
     "correlation": {"method": "correlation", "threshold": 0},
+    "gpovae": {"method": "gpovae", "threshold": 0},
+    "gpovae, own weights": {"method": "gpovae", "threshold": 0, "direct": False},
+    "boosting": {"method": "boosting", "threshold": 0, "max_cells": 2000},
+    "sparse_inverse, path_cut=0": {"method": "sparse_inverse", "threshold": 0, "path_cut": 0.0},
 }
+#: Run unless others are named.
+QUICK = ("interventional", "rank statistics", "sparse_inverse", "ridge", "correlation")
 
 
 def truth(adata, which: str, regulators: list[str]) -> np.ndarray:
@@ -122,10 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--regulators", type=int, nargs="+", default=[20, 100])
-    parser.add_argument("--boosting", action="store_true")
-    parser.add_argument("--gpovae", action="store_true")
     parser.add_argument("--only", default="", help="part of a setting's name, e.g. 'penetrance 1.0'")
-    parser.add_argument("--methods", nargs="+", help="these methods instead of all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(QUICK))
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--save")
     parser.add_argument("--load", nargs="+")
@@ -134,15 +138,8 @@ def main() -> None:
         summary(pd.concat([pd.read_csv(file) for file in arguments.load], ignore_index=True))
         return
     scpert.settings.progress = False
-    methods = dict(METHODS)
-    if arguments.boosting:
-        methods["boosting"] = {"method": "boosting", "threshold": 0, "max_cells": 2000}
-    if arguments.gpovae:
-        gpovae = {"method": "gpovae", "threshold": 0}
-        methods |= {"gpovae": gpovae, "gpovae, own weights": gpovae | {"direct": False}}
+    methods = {name: METHODS[name] for name in arguments.methods}
     rows = []
-    if arguments.methods:
-        methods = {name: methods[name] for name in arguments.methods}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, setting in settings(arguments.regulators).items():
             if arguments.only not in name:
