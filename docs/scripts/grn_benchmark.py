@@ -67,6 +67,7 @@ def one(setting: dict, seed: int, methods: dict) -> list[dict]:
     direct, total = truth(adata, "net", regulators), truth(adata, "effects", regulators)
     effects = scpert.tl.perturbation_effects(adata)
     scores = {"effect size": np.abs(effects.X), "Welch z": np.abs(np.nan_to_num(effects.layers["zscore"]))}
+    scores["random"] = np.zeros_like(scores["effect size"])  # ties throughout: the share of pairs that are edges
     tested = np.where(off, effects.layers["pvals"], np.nan)
     plain = np.nan_to_num(benjamini_hochberg(tested), nan=1.0) <= 0.05
     seconds, rate = {}, {"Welch z": (int((plain & ~total).sum()), int(plain.sum()))}
