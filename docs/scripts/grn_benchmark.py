@@ -1,7 +1,8 @@
 """Simulated screens: AUPRC of direct edges and of total effects, and the false discovery rate, for every method.
 
-``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--methods NAME ...] [--only TEXT] [--save rows.csv]`` prints the
-tables of ``docs/grn/index.md``; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in several processes).
+``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--methods NAME ...] [--only TEXT] [--save rows.csv]``
+prints the tables of ``docs/grn/index.md``; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in
+several processes).
 """
 
 from __future__ import annotations

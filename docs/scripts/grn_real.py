@@ -1,8 +1,8 @@
 """Real screens: half of the cells infer, the other half judge, every method and baseline at K = 50, 100, 200.
 
 ``SCPERT_TEST_DATA`` names a folder with ``schraivogel2020_k562_tapseq_crispat.h5ad`` and
-``norman2019_k562_crispra_perturbench.h5ad``. ``python grn_real.py [--splits 3] [--methods NAME ...]`` prints the tables of
-``docs/grn/index.md``. A target's own change is never an edge.
+``norman2019_k562_crispra_perturbench.h5ad``. ``python grn_real.py [--splits 3] [--methods NAME ...]`` prints the tables
+of ``docs/grn/index.md``. A target's own change is never an edge.
 """
 
 from __future__ import annotations
