@@ -1,14 +1,14 @@
 """Real screens: half of the cells infer, the other half judge, every method and baseline at K = 50, 100, 200.
 
 ``SCPERT_TEST_DATA`` names a folder with ``schraivogel2020_k562_tapseq_crispat.h5ad`` and
-``norman2019_k562_crispra_perturbench.h5ad``. ``python grn_real.py [seeds] [--gpovae]``. Prints the tables of
-``docs/grn/index.md``. A target's own change is never an edge.
+``norman2019_k562_crispra_perturbench.h5ad``. ``python grn_real.py [--splits 3] [--methods NAME ...]`` prints the tables
+of ``docs/grn/index.md``. A target's own change is never an edge.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 from pathlib import Path
 
 import anndata as ad
@@ -23,18 +23,19 @@ METHODS = {
     "rank statistics": {"threshold": 0, "statistic": "rank"},
     "sparse_inverse": {"method": "sparse_inverse", "threshold": 0},
     "ridge": {"method": "ridge", "threshold": 0},
+    "gpovae": {"method": "gpovae", "threshold": 0},
     "boosting": {"method": "boosting", "threshold": 0},
 }
 COLUMNS = ["precision", "false_omission_rate", "mean_wasserstein", "causalbench_precision", "sign_accuracy"]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--splits", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    arguments = parser.parse_args()
     scpert.settings.progress = False
-    numbers = [int(a) for a in sys.argv[1:] if a.isdigit()]
-    seeds = numbers[0] if numbers else 5
-    methods = dict(METHODS)
-    if "--gpovae" in sys.argv:
-        methods["gpovae"] = {"method": "gpovae", "threshold": 0}
+    methods = {name: METHODS[name] for name in arguments.methods}
     for name, file in (
         ("TAP-seq", "schraivogel2020_k562_tapseq_crispat.h5ad"),
         ("Norman", "norman2019_k562_crispra_perturbench.h5ad"),
@@ -42,7 +43,7 @@ def main() -> None:
         adata = ad.read_h5ad(DATA / file)
         size = "library_size" if "library_size" in adata.obs else None
         tables = []
-        for seed in range(seeds):
+        for seed in range(arguments.splits):
             order = np.random.default_rng(seed).permutation(adata.n_obs)
             half = adata.n_obs // 2
             train, test = adata[np.sort(order[:half])].copy(), adata[np.sort(order[half:])].copy()
@@ -54,7 +55,7 @@ def main() -> None:
                 tables.append(table.assign(seed=seed))
         table = pd.concat(tables)
         mean = table.groupby(["k", "network"], sort=False)[["n_edges", *COLUMNS]].mean()
-        print(f"\n{name}: mean over {seeds} splits\n{mean.round(3).to_string()}")
+        print(f"\n{name}: mean over {arguments.splits} splits\n{mean.round(3).to_string()}")
         positives, candidates = table["n_positives"].mean(), table["n_candidates"].mean()
         print(f"positives {positives:.0f} of {candidates:.0f} pairs")
         scpert.tl.infer_grn(adata, library_size_key=size)

@@ -109,7 +109,8 @@ def infer_grn(
         ``"interventional"``: total effects, Welch (or rank) statistics against controls, error rate ``fdr`` over
         the whole screen. ``"sparse_inverse"``: direct edges, by a sparse inverse of the matrix of total effects.
         ``"ridge"``, ``"boosting"``, ``"correlation"``: regression or correlation of targets on regulators over
-        cells. ``"gpovae"``: trains :class:`scpert.model.GPOVAE` and reads its mask and effects.
+        cells. ``"gpovae"``: direct edges out of measured effects and those that a trained
+        :class:`scpert.model.GPOVAE` decodes, together.
     model
         A trained model: its ``get_grn()`` is taken instead, whatever ``method`` says. Where the model's attribute
         ``grn_sign`` is ``"perturbation"`` (:class:`~scpert.model.GPOVAE`), its weights are changes under the
@@ -144,8 +145,8 @@ def infer_grn(
         Error rate of ``"interventional"``; other methods rank, and write their strongest edges.
     n_edges
         Write exactly so many edges, the strongest (fewer, if fewer are not zero). Default: for
-        ``"interventional"`` all that pass ``fdr``, for the others 10 per measured gene and at most half of the
-        candidate pairs.
+        ``"interventional"`` all that pass ``fdr``, for ``"gpovae"`` those with a mask probability above 0.5, for the
+        others 10 per measured gene and at most half of the candidate pairs.
     threshold
         Write all edges with ``|weight|`` above it; 0 writes every candidate that has a score.
     statistic

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import special
 
 from .. import _keys as K
 from .._progress import progress
@@ -20,10 +21,10 @@ __all__ = ["direct_effects", "sparse_inverse", "strongest_path"]
 logger = logging.getLogger("scpert")
 
 
-def strongest_path(zscore: np.ndarray, position: np.ndarray) -> np.ndarray:
+def strongest_path(zscore: np.ndarray, position: np.ndarray, cut: float = 0.0) -> np.ndarray:
     r"""Strength of the best two-step path that could explain each total effect.
 
-    .. math:: m_{ij} = \max_k \min(|z_{ik}|, |z_{kj}|) \text{ over } k \text{ with }
+    .. math:: m_{ij} = \max_k \left[\min(|z_{ik}|, |z_{kj}|) - c\right]_+ \text{ over } k \text{ with }
               \operatorname{sign}(z_{ik} z_{kj}) = \operatorname{sign}(z_{ij})
 
     Parameters
@@ -32,6 +33,8 @@ def strongest_path(zscore: np.ndarray, position: np.ndarray) -> np.ndarray:
         Signed (by activity of the regulator) evidence ``(regulator, gene)``.
     position
         Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+    cut
+        :math:`c`: only what both steps have above it counts.
 
     Returns
     -------
@@ -40,7 +43,7 @@ def strongest_path(zscore: np.ndarray, position: np.ndarray) -> np.ndarray:
     z = np.asarray(zscore, dtype=np.float32).copy()
     measured = np.flatnonzero(position >= 0)
     z[measured, position[measured]] = 0.0
-    up, down = np.maximum(z, 0.0), np.maximum(-z, 0.0)
+    up, down = np.maximum(z - cut, 0.0), np.maximum(-z - cut, 0.0)
     onward_up, onward_down = up[measured], down[measured]
     out = np.zeros_like(z)
     for row in progress(range(len(z)), total=len(z), description="indirect paths", unit="regulator"):
@@ -57,6 +60,14 @@ def strongest_path(zscore: np.ndarray, position: np.ndarray) -> np.ndarray:
                 other = np.maximum(other, np.minimum(step, to_other[index]).max(axis=0))
         out[row] = np.where(z[row] > 0, same, np.where(z[row] < 0, other, np.maximum(same, other)))
     return out
+
+
+def chance_path(n_regulators: int) -> float:
+    r"""Standard errors :math:`t` that the best of :math:`n` paths over noise reaches: one of them is expected above.
+
+    Both steps are beyond :math:`t`, with the sign asked for, with probability :math:`2\,\Phi(-t)^2`.
+    """
+    return float(max(-special.ndtri(1.0 / np.sqrt(2.0 * max(n_regulators, 1))), 0.0))
 
 
 def direct_effects(
@@ -150,6 +161,7 @@ def indirect_discount(
     *,
     penalty: float | np.ndarray = 3.0,
     cut: float = 3.0,
+    path_cut: float | None = None,
     path_scale: float = 2.0,
     floor: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +178,14 @@ def indirect_discount(
         +1 where the perturbation raises its target, -1 where it lowers it ``(regulator,)``.
     position
         Column of each regulator among the genes, -1 where it is not measured ``(regulator,)``.
+    path_cut
+        Standard errors that both steps of a path must exceed; default: one more than :func:`chance_path`.
     """
+    if path_cut is None:
+        path_cut = 1.0 + chance_path(int((position >= 0).sum()))
     with np.errstate(divide="ignore", invalid="ignore"):
         evidence = np.nan_to_num(np.where(error > 0, shift / error, 0.0))
-    paths = strongest_path(sign[:, None] * evidence, position)
+    paths = strongest_path(sign[:, None] * evidence, position, path_cut)
     direct = direct_effects(shift, error, position, penalty=penalty, cut=cut)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip(np.nan_to_num(direct / shift, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
@@ -179,7 +195,7 @@ def indirect_discount(
 def sparse_inverse(problem: Problem) -> Scores:
     """Direct edges; page ``docs/grn/sparse_inverse.md``."""
     options = method_options(
-        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_scale=2.0, floor=1.0, composition=True
+        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_cut=None, path_scale=2.0, floor=1.0, composition=True
     )
     found = total_effects(problem, composition=options["composition"])
     position = problem.position

@@ -423,8 +423,13 @@ def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, opti
 # ---------------------------------------------------------------------------------------------- a model
 
 
+#: ``infer_grn(method="gpovae")`` trains a small model, for as many epochs as show it this many cells (within limits).
+_GPOVAE_SIZE = {"n_latent": 20, "n_hidden": 128}
+_GPOVAE_CELLS, _GPOVAE_EPOCHS = 200_000, (5, 100)
+
+
 def gpovae(problem: Problem) -> Scores:
-    """Train GPO-VAE for a while and read its mask and effects; page ``docs/grn/gpovae.md``."""
+    """Train GPO-VAE for a while and read the network out of it; page ``docs/grn/gpovae.md``."""
     from ..model import GPOVAE
     from ._grn_inverse import indirect_discount
 
@@ -453,23 +458,34 @@ def gpovae(problem: Problem) -> Scores:
         library_size_key=screen.library_size_key,
         covariate_keys=problem.covariate_keys or None,
     )
-    options.setdefault("random_state", problem.random_state)
-    trained = GPOVAE(data, **options)
+    trained = GPOVAE(data, **{**_GPOVAE_SIZE, "random_state": problem.random_state, **options})
+    if max_epochs is None:
+        max_epochs = int(np.clip(np.ceil(_GPOVAE_CELLS / screen.n_cells), *_GPOVAE_EPOCHS))
     trained.train(max_epochs, random_state=problem.random_state)
     rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
     columns = pd.Index(trained.genes_).get_indexer(problem.genes)
     probability, effect, std = (a[rows][:, columns] for a in trained._network())
     # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
-    sign = total_effects(problem, composition=False).sign
-    weight = sign[:, None] * effect
+    measured = total_effects(problem)
+    weight = measured.sign[:, None] * effect
     if direct:
-        weight = weight * indirect_discount(effect, std, sign, position)[0]
+        shift = (measured.shift + _decoded_effects(trained, problem, columns, measured.error)) / 2
+        zscore, _ = welch(shift, measured.error, np.inf)
+        factor, _ = indirect_discount(shift, measured.noise, measured.sign, position)
+        weight = measured.sign[:, None] * np.nan_to_num(zscore) * factor
     return Scores(
         _apply_prior(weight, problem.prior),
         probability > 0.5,
         {"probability": probability, "effect": effect, "std": std},
         {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
     )
+
+
+def _decoded_effects(trained: Any, problem: Problem, columns: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Shift of each gene that the network decodes under each regulator, without the factor common to most genes."""
+    shift = trained._network_delta([(r,) for r in problem.regulators], trained.reference_, 1024)[:, columns]
+    offset, sensitivity = composition_offset(problem.screen, shift, error)
+    return shift - offset[:, None] * sensitivity[None, :]
 
 
 # ---------------------------------------------------------------------------------------------- ranks
