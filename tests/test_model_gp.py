@@ -145,6 +145,15 @@ def test_noise_alone_is_not_sold_as_signal():
     assert ((out.X - truth) ** 2).mean() < 1.05 * ((mean - truth) ** 2).mean()
 
 
+def test_knowledge_that_says_nothing_leaves_exactly_the_mean(fitted):
+    adata = fitted[0]
+    alike = pd.DataFrame({"gene": adata.obs_names, "term": "one"})
+    model = fit(adata[:60].copy(), knowledge={"all": alike})
+    out = model.predict_perturbation(list(adata.obs_names[60:]))
+    np.testing.assert_allclose(out.X, np.tile(model.effects_.mean, (30, 1)), atol=1e-6)
+    assert (out.layers["upper"] > out.X).all()
+
+
 def test_shuffled_annotations_are_not_worse_than_the_mean():
     adata, go = table(seed=5)
     shuffled = go.assign(gene=np.random.default_rng(0).permutation(go["gene"]))

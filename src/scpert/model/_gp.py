@@ -37,6 +37,8 @@ _NOISE = np.geomspace(0.1, 1000.0, 25)
 MAX_LEVELS = 6
 #: Powers of a table's kernel in the local average.
 _POWERS = (1, 2, 4)
+#: Share of the variance of held-out rows below which the knowledge is taken to say nothing.
+_NOTHING = 1e-4
 #: Neighbouring components over which noise and gain are pooled.
 _WINDOW = 9
 
@@ -541,13 +543,24 @@ class KnowledgeGP(KnowledgeModel):
         self.gain_ = _gain(scores, [f.target for f in folds], len(self.axes_))
 
         n = len(delta)
+        L = self.learn_
+        told = sum(float(((F * self.gain_[: F.shape[1]]) ** 2).sum()) for F in scores)
+        informative = told > _NOTHING * sum(float((f.target**2).sum()) for f in folds)
         direction, size = np.zeros_like(delta), np.zeros(n)
         for f, F in zip(folds, scores, strict=True):
-            direction[f.test] = f.centre + (F * self.gain_[: F.shape[1]]) @ f.axes
             S = np.tensordot(self.similarity_weights_, f.near, 1)
             size[f.test] = _smooth(S, amplitude[f.train][:, None], amplitude[f.train].mean(), self.floor_)[:, 0]
-        L = self.learn_
-        self.amplitude_ = _amplitude_weights(direction[L], size[L], delta[L], amplitude[L])
+            if informative:
+                direction[f.test] = f.centre + (F * self.gain_[: F.shape[1]]) @ f.axes
+            else:
+                direction[f.test] = delta[f.train].mean(axis=0)
+        if informative:
+            self.amplitude_ = _amplitude_weights(direction[L], size[L], delta[L], amplitude[L])
+        else:
+            logger.info(
+                "KnowledgeGP: the knowledge says nothing of held-out training targets: unseen ones have the mean"
+            )
+            self.centre_, self.gain_, self.amplitude_ = delta.mean(axis=0), 0 * self.gain_, np.array([1.0, 0.0])
         self.held_out_ = np.tile(delta.mean(axis=0), (n, 1)).astype(np.float32)
         predicted = np.clip(self._scaled(direction[L], size[L]), self.low_, self.high_)
         self.held_out_[L] = predicted
