@@ -838,8 +838,8 @@ def _levels(losses: np.ndarray, n_levels: int) -> np.ndarray:
 def _gain(scores: list[np.ndarray], target: list[np.ndarray], rank: int) -> np.ndarray:
     """Slope of the held-out scores on the predicted ones for each component, shrunk to the overall slope; in [0, 2]."""
     shared = min(F.shape[1] for F in scores)
-    cross = sum((F * T)[:, :shared].sum(axis=0) for F, T in zip(scores, target, strict=True))
-    square = sum((F**2)[:, :shared].sum(axis=0) for F in scores)
+    F, T = (np.vstack([x[:, :shared] for x in parts]) for parts in (scores, target))
+    cross, square = (F * T).sum(axis=0), (F**2).sum(axis=0)
     overall = cross.sum() / max(square.sum(), 1e-30)
     prior = 0.1 * square.mean() + 1e-30
     gain = np.clip((_pooled(cross) + prior * overall) / (_pooled(square) + prior), 0.0, 2.0)
