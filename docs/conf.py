@@ -89,6 +89,7 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"
 html_title = "scpert"
+html_css_files = ["wide.css"]
 html_static_path = ["_static"]
 html_extra_path = ["llms.txt"]
 html_theme_options = {
@@ -122,7 +123,10 @@ def _pages(app, what: str) -> list[str]:
     if what == "guides":
         first = ["which_model"] if ("which_model",) in found else []
         single = [path[0] for path in found if len(path) == 1 and path[0] not in _PLACED]
-        return first + single + ["/".join(path) for path in found if len(path) > 1 and path[0] not in _PLACED_FOLDERS]
+        folders = [path for path in found if len(path) > 1 and path[0] not in _PLACED_FOLDERS]
+        # of a folder with an index, the index alone: it lists the others
+        shown = [path for path in folders if path[1:] == ("index",) or (path[0], "index") not in found]
+        return first + single + ["/".join(path) for path in shown]
     return ["/" + "/".join(path) for path in found if path[:-1] == tuple(what.split("/")) and path[-1] != "index"]
 
 

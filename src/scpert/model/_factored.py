@@ -69,8 +69,8 @@ def knowledge_share(deviation: np.ndarray, mean: np.ndarray, measured: np.ndarra
     r"""How far predictions of held-out training targets are followed beyond the mean, in [0, 1].
 
     The slope of the measured on the predicted deviations from the mean; 0 unless following it brings the predictions
-    nearer, in correlation with the measured effects and in squared error, each by more than one standard error of the
-    paired gain over the targets. Each target is judged with the slope of the others.
+    nearer, in correlation with the measured effects and in squared error, each with a one-sided 95 % limit of the paired
+    gain over the targets above zero. Each target is judged with the slope of the others.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def knowledge_share(deviation: np.ndarray, mean: np.ndarray, measured: np.ndarra
 
     nearer = ((mean - measured) ** 2).sum(axis=1) - ((followed - measured) ** 2).sum(axis=1)
     for gain in (correlation(followed) - correlation(mean), nearer):
-        if not gain.mean() > gain.std(ddof=1) / np.sqrt(n):
+        if not gain.mean() > 1.645 * gain.std(ddof=1) / np.sqrt(n):
             return 0.0
     return float(np.clip(product.sum() / max(square.sum(), 1e-12), 0.0, 1.0))
 
