@@ -275,3 +275,28 @@ def test_axes_of_few_rows_are_those_of_the_svd():
     np.testing.assert_allclose(
         gp._principal_axes(flat, 4, rng) @ gp._principal_axes(flat, 4, rng).T, np.eye(4), atol=1e-8
     )
+
+
+def test_coexpression_needs_no_table_and_a_fold_has_not_seen_what_it_holds_out(tmp_path):
+    rng = np.random.default_rng(0)
+    member = np.arange(60) % 4  # genes of a module do the same and respond alike
+    pattern = rng.normal(size=(4, 4))
+    genes = [f"g{i}" for i in range(60)]
+    X = pattern[member][:, member] + 0.5 * rng.normal(size=(60, 60))
+    adata = ad.AnnData(X.astype(np.float32), obs=pd.DataFrame({"perturbation": genes}, index=genes))
+    adata.var_names = genes
+    model = fit(adata[:45].copy(), coexpression=True)
+    labels = genes[45:]
+    out = model.predict_perturbation(labels)[labels]
+    mean = adata.X[:45].mean(axis=0)
+    assert ((out.X - adata.X[45:]) ** 2).mean() < 0.6 * ((mean - adata.X[45:]) ** 2).mean()
+    assert (out.obs["status"] == "unseen").all()
+    rows = adata[list(model.singles_)].X / model.scale_row_[:, None]
+    fold = folds_of(model, rows)[0]
+    changed = rows.copy()
+    changed[fold.test] = 0
+    np.testing.assert_allclose(folds_of(model, changed)[0].across, fold.across, atol=1e-8)
+    model.save(tmp_path / "m")
+    np.testing.assert_allclose(
+        KnowledgeGP.load(tmp_path / "m").predict_perturbation(labels)[labels].X, out.X, atol=1e-5
+    )

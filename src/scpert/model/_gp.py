@@ -292,12 +292,14 @@ class KnowledgeGP(KnowledgeModel):
     def _own(self) -> GeneFeatures:
         """Genes by their profiles over the training perturbations, within their leading components."""
         if "_own_features" not in self.__dict__:
-            u, s, vt = np.linalg.svd(self.effects_.delta - self.effects_.mean, full_matrices=False)
-            k = max(1, min(20, len(s) - 1))
-            self.__dict__["_own_features"] = _embedding(
-                "coexpression", pd.DataFrame((vt[:k].T * s[:k]), index=self.genes_)
-            )
+            self.__dict__["_own_features"] = self._profiles(self.effects_.delta - self.effects_.mean)
         return self.__dict__["_own_features"]
+
+    def _profiles(self, centred: np.ndarray) -> GeneFeatures:
+        """Genes by the leading components of their profiles over perturbations."""
+        s, vt = np.linalg.svd(centred, full_matrices=False)[1:]
+        k = max(1, min(20, len(s) - 1))
+        return _embedding("coexpression", pd.DataFrame(vt[:k].T * s[:k], index=self.genes_))
 
     def _learn_reference(self, random_state: int = 0) -> None:
         super()._learn_reference(random_state)
@@ -447,7 +449,10 @@ class KnowledgeGP(KnowledgeModel):
             axes = self._axes(residual, rng)
             known, hidden = [names[i] for i in train], [names[i] for i in test]
             features = self._coherent(known, residual, axes) if self.coherence else self._used
-            tables = [*features.values(), *([self._own] if self.coexpression else [])]
+            tables = list(features.values())
+            if self.coexpression:
+                effects = rows[train] * self.scale_row_[train, None]
+                tables.append(self._profiles(effects - effects.mean(axis=0)))
             among, across = self._kernels(known, known, tables), self._kernels(hidden, known, tables)
 
             def process(kernels: list[np.ndarray]) -> np.ndarray:
