@@ -703,6 +703,28 @@ def test_gpovae_beats_the_effect_size_where_evidence_is_weak():
     assert min(gain) > 0
 
 
+def test_network_is_read_from_a_trained_gpovae_without_training():
+    from scpert.model import GPOVAE
+
+    adata = scpert.datasets.simulated(n_genes=30, n_targets=5, n_combinations=0, cells_per_perturbation=30)
+    size = {"n_latent": 4, "n_hidden": 16}
+    trained = scpert.tl.infer_grn(adata, method="gpovae", max_epochs=2, threshold=0, copy=True, **size)
+    data = adata.copy()
+    GPOVAE.setup_anndata(data)
+    model = GPOVAE(data, random_state=0, **size)
+    model.train(2, random_state=0)
+    scpert.tl.infer_grn(adata, method="gpovae", model=model, threshold=0)
+    np.testing.assert_allclose(network(adata), network(trained), rtol=1e-5)
+    assert adata.uns["grn"]["method"] == "gpovae"
+    with pytest.raises(ScpertError, match="max_epochs"):
+        scpert.tl.infer_grn(adata, method="gpovae", model=model, max_epochs=3)
+    GPOVAE.setup_anndata(part := data[:, :20].copy())
+    small = GPOVAE(part, **size)
+    small.train(1)
+    with pytest.raises(ScpertError, match="not trained on"):
+        scpert.tl.infer_grn(adata, method="gpovae", model=small)
+
+
 def test_network_of_a_linear_model_is_taken_as_it_is(tmp_path):
     from scpert.model import LinearGRN
 

@@ -112,7 +112,8 @@ def infer_grn(
         cells. ``"gpovae"``: direct edges out of measured effects and those that a trained
         :class:`scpert.model.GPOVAE` decodes, together.
     model
-        A trained model: its ``get_grn()`` is taken instead, whatever ``method`` says. Where the model's attribute
+        A trained model. With ``method="gpovae"`` and a :class:`~scpert.model.GPOVAE`, the network is read out of it as that
+        method does, without training another. Otherwise its ``get_grn()`` is taken as it is. Where the model's attribute
         ``grn_sign`` is ``"perturbation"`` (:class:`~scpert.model.GPOVAE`), its weights are changes under the
         perturbation, and those of a regulator that its perturbation lowers in ``adata`` are turned round; by default
         (``"activity"``) they are taken as they are.
@@ -206,14 +207,16 @@ def infer_grn(
         "prior_strength": float(prior_strength) if prior is not None else 0.0,
         **{name: value for name, value in options.items() if isinstance(value, str | int | float | bool)},
     }
-    if model is not None:
+    read_out = method == "gpovae" and type(model).__name__ == "GPOVAE"
+    if read_out:
+        options = {**options, "model": model}
+    if model is not None and not read_out:
         used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
         net, found_scale = _net_of_model(model, adata), "model"
         if check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation":
             cells = adata if used.all() else adata[used]
             net = _by_activity(net, cells, perturbation_key, control, layer, scale, library_size_key)
-        if method != "gpovae" or type(model).__name__ != "GPOVAE":
-            method = f"model {type(model).__name__}"
+        method = f"model {type(model).__name__}"
         names, columns, notes = _net_to_arrays(net), {}, {}
         source, target, weight = names
         extra = [c for c in net.columns if c not in K.NET and pd.api.types.is_numeric_dtype(net[c])]

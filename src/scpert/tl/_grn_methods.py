@@ -434,7 +434,9 @@ def gpovae(problem: Problem) -> Scores:
     from ._grn_inverse import indirect_discount
 
     options = dict(problem.options)
-    max_epochs, direct = options.pop("max_epochs", None), options.pop("direct", True)
+    max_epochs, direct, trained = (
+        options.pop(n, d) for n, d in (("max_epochs", None), ("direct", True), ("model", None))
+    )
     allowed = [n for n in inspect.signature(GPOVAE.__init__).parameters if n not in ("self", "adata", "registry")]
     unknown = [name for name in options if name not in allowed]
     if unknown:
@@ -447,23 +449,22 @@ def gpovae(problem: Problem) -> Scores:
             f"method='gpovae' trains a model of counts; {problem.screen.where} holds {problem.screen.scale} values. Name a layer "
             "of raw counts (layer=), or use another method: all others take logs, and the first two tables of effects."
         )
-    screen, position = problem.screen, problem.position
-    data = screen.adata.copy()
-    GPOVAE.setup_anndata(
-        data,
-        perturbation_key=screen.perturbation_key,
-        control=screen.control,
-        layer=screen.layer,
-        scale=screen.scale,
-        library_size_key=screen.library_size_key,
-        covariate_keys=problem.covariate_keys or None,
-    )
-    trained = GPOVAE(data, **{**_GPOVAE_SIZE, "random_state": problem.random_state, **options})
-    if max_epochs is None:
-        max_epochs = int(np.clip(np.ceil(_GPOVAE_CELLS / screen.n_cells), *_GPOVAE_EPOCHS))
-    trained.train(max_epochs, random_state=problem.random_state)
+    if trained is not None and (options or max_epochs is not None):
+        raise ScpertError(
+            f"{listing([*options, *(['max_epochs'] if max_epochs is not None else [])])} are options of the training, and model= is "
+            "trained already. Leave one of them out."
+        )
+    if trained is None:
+        trained = _train_gpovae(problem, options, max_epochs)
+    position = problem.position
     rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
-    columns = pd.Index(trained.genes_).get_indexer(problem.genes)
+    columns = pd.Index(trained.genes_).get_indexer(pd.Index(problem.genes))
+    if (rows < 0).any() or (columns < 0).any():
+        missing = [*np.asarray(problem.regulators)[rows < 0], *np.asarray(problem.genes)[columns < 0]]
+        raise ScpertError(
+            f"The model was not trained on {listing(missing)}. Give regulators= and genes that it knows, or let "
+            "infer_grn train one (model=None)."
+        )
     probability, effect, std = (a[rows][:, columns] for a in trained._network())
     # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
     measured = total_effects(problem)
@@ -479,6 +480,27 @@ def gpovae(problem: Problem) -> Scores:
         {"probability": probability, "effect": effect, "std": std},
         {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
     )
+
+
+def _train_gpovae(problem: Problem, options: dict[str, Any], max_epochs: int | None) -> Any:
+    from ..model import GPOVAE
+
+    screen = problem.screen
+    data = screen.adata.copy()
+    GPOVAE.setup_anndata(
+        data,
+        perturbation_key=screen.perturbation_key,
+        control=screen.control,
+        layer=screen.layer,
+        scale=screen.scale,
+        library_size_key=screen.library_size_key,
+        covariate_keys=problem.covariate_keys or None,
+    )
+    trained = GPOVAE(data, **{**_GPOVAE_SIZE, "random_state": problem.random_state, **options})
+    if max_epochs is None:
+        max_epochs = int(np.clip(np.ceil(_GPOVAE_CELLS / screen.n_cells), *_GPOVAE_EPOCHS))
+    trained.train(max_epochs, random_state=problem.random_state)
+    return trained
 
 
 def _decoded_effects(trained: Any, problem: Problem, columns: np.ndarray, error: np.ndarray) -> np.ndarray:
