@@ -385,8 +385,8 @@ class Reference:
         return np.asarray(self.log1p.mean(axis=0), dtype=np.float32).ravel()
 
     def take(self, index: np.ndarray) -> Reference:
-        """Some of the cells."""
-        return Reference(self.values[index], self.library[index], self.covariates[index], self.scale)
+        """Some of the cells, of the same population."""
+        return replace(self, values=self.values[index], library=self.library[index], covariates=self.covariates[index])
 
 
 @dataclass

@@ -454,10 +454,6 @@ class KnowledgeGP(KnowledgeModel):
                 effects = rows[train] * self.scale_row_[train, None]
                 tables.append(self._profiles(effects - effects.mean(axis=0)))
             among, across = self._kernels(known, known, tables), self._kernels(hidden, known, tables)
-
-            def process(kernels: list[np.ndarray]) -> np.ndarray:
-                return np.stack([*(k**p for k in kernels for p in (1, 2)), np.ones_like(kernels[0])])
-
             folds.append(
                 _Fold(
                     train=train,
@@ -467,8 +463,8 @@ class KnowledgeGP(KnowledgeModel):
                     scores=residual @ axes.T,
                     rows=rows[test],
                     noise=self.noise_row_[train],
-                    among=process(among),
-                    across=process(across),
+                    among=_process_parts(among),
+                    across=_process_parts(across),
                     near=np.stack([np.maximum(k, 0.0) ** p for k in across for p in _POWERS]),
                 )
             )
@@ -825,6 +821,11 @@ def _principal_axes(residual: np.ndarray, rank: int, rng: np.random.Generator) -
     for _ in range(3):
         q = np.linalg.qr(residual @ (residual.T @ np.linalg.qr(q)[0]))[0]
     return np.linalg.svd(q.T @ residual, full_matrices=False)[2][:rank]
+
+
+def _process_parts(kernels: list[np.ndarray]) -> np.ndarray:
+    """What the process weighs, in the order of ``theta_``: every kernel and its square, and the constant one."""
+    return np.stack([*(k**p for k in kernels for p in (1, 2)), np.ones_like(kernels[0])])
 
 
 def _levels(losses: np.ndarray, n_levels: int) -> np.ndarray:
