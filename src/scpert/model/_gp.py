@@ -320,14 +320,14 @@ class KnowledgeGP(KnowledgeModel):
         return total
 
     def _similarity(self, kernels: list[np.ndarray]) -> np.ndarray:
-        """Similarity of the local average: weighted powers of what is positive in the kernels."""
-        weights = self.similarity_weights_.reshape(len(kernels), len(_POWERS))
-        total = np.zeros_like(kernels[0])
-        for k, row in zip(kernels, weights, strict=True):
-            positive = np.maximum(k, 0.0)
-            for power, weight in zip(_POWERS, row, strict=True):
-                total += weight * positive**power
-        return total
+        """Similarity of the local average."""
+        return np.sum([self._similarity_of(j, k) for j, k in enumerate(kernels)], axis=0)
+
+    def _similarity_of(self, table: int, kernel: np.ndarray) -> np.ndarray:
+        """Part of a table in it: weighted powers of what is positive in its kernel."""
+        positive = np.maximum(kernel, 0.0)
+        weights = self.similarity_weights_.reshape(-1, len(_POWERS))[table]
+        return np.sum([w * positive**p for p, w in zip(_POWERS, weights, strict=True)], axis=0)
 
     def _prior(self, genes: list[str]) -> np.ndarray:
         """Prior variance of the process, ``(gene,)``: a kernel is 1 for a known gene with itself."""
@@ -741,19 +741,16 @@ class KnowledgeGP(KnowledgeModel):
             )
         names = list(self.singles_)
         labels = [f.name for f in self._tables] + ["constant"]
-        weights = self.similarity_weights_.reshape(len(labels) - 1, len(_POWERS))
         use = np.array([[n != t for n in names] for t in targets])
         blocks = []
         for i, t in enumerate(targets):
             kernels = self._kernels([t], names)
-            S = self._similarity(kernels)
-            scores = self.mix_ * self.alpha_, (1 - self.mix_) * self.scores_ / (S.sum() + self.floor_)
-
+            size = float((self._similarity(kernels)[0] * use[i]).sum()) + self.floor_
+            scores = self.mix_ * self.alpha_, (1 - self.mix_) * self.scores_ / size
             parts = []  # of each kernel: its weights on the rows of the process and of the average
             for j, k in enumerate(kernels):
-                positive = np.maximum(k[0], 0.0)
-                near = sum((w * positive**p for p, w in zip(_POWERS, weights[j], strict=True)), np.zeros(len(names)))
-                parts.append((self.theta_[2 * j] * k[0] + self.theta_[2 * j + 1] * k[0] ** 2, near, k[0]))
+                process = self.theta_[2 * j] * k[0] + self.theta_[2 * j + 1] * k[0] ** 2
+                parts.append((process, self._similarity_of(j, k)[0], k[0]))
             parts.append((np.full(len(names), self.theta_[-1]), np.zeros(len(names)), np.ones(len(names))))
             parts = [(process * use[i], near * use[i], k) for process, near, k in parts]
             deviation = sum(process @ scores[0] + near @ scores[1] for process, near, _ in parts) * self.gain_
@@ -766,7 +763,7 @@ class KnowledgeGP(KnowledgeModel):
                             "training": names,
                             "kernel": label,
                             "similarity": k,
-                            "weight": self.mix_ * process + (1 - self.mix_) * near / (S.sum() + self.floor_),
+                            "weight": self.mix_ * process + (1 - self.mix_) * near / size,
                             "share": process * inner[0] + near * inner[1],
                         }
                     )
@@ -791,12 +788,10 @@ class KnowledgeGP(KnowledgeModel):
         self._check_trained()
         tables = self._tables
         learned = [self.singles_[i] for i in self.learn_] if len(self.singles_) else []
-        weights = self.similarity_weights_.reshape(len(tables), len(_POWERS))
         near = np.zeros(len(tables) + 1)
         for j, f in enumerate(tables):
-            k = np.maximum(f.kernel(learned, learned), 0.0)
-            k[np.diag_indices(len(k))] = 0.0
-            near[j] = sum(float(w * (k**p).sum()) for p, w in zip(_POWERS, weights[j], strict=True))
+            part = self._similarity_of(j, f.kernel(learned, learned))
+            near[j] = part.sum() - np.trace(part)
         rows = [(f.name, f.kind, *self.theta_[2 * j : 2 * j + 2]) for j, f in enumerate(tables)]
         rows.append(("constant", "constant", self.theta_[-1], 0.0))
         out = pd.DataFrame(rows, columns=["table", "kind", "linear", "squared"]).set_index("table")
