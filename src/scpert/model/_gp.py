@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..errors import LabelError, UnknownTargetError
 from ._base import Prediction, Reference
 from ._closed_form import KnowledgeModel
 from ._knowledge import GeneFeatures, _embedding
+from ._response import Response, fit_response, spread
 
 __all__ = ["KnowledgeGP"]
 
@@ -246,7 +247,7 @@ class KnowledgeGP(KnowledgeModel):
 
     _fitted = (
         "singles_", "theta_", "similarity_weights_", "axes_", "centre_", "scale_row_", "alpha_", "scores_", "noise_row_",
-        "noise_component_", "gain_", "learn_", "inverse_", "mix_", "floor_", "amplitude_", "low_", "high_", "gene_sd_", "spread_",
+        "noise_component_", "gain_", "response_", "learn_", "inverse_", "mix_", "floor_", "amplitude_", "low_", "high_", "gene_sd_", "spread_",
         "quantile_", "held_out_", "interaction_", "kernel_names_",
     )  # fmt: skip
 
@@ -366,7 +367,7 @@ class KnowledgeGP(KnowledgeModel):
         self.axes_, self.centre_ = np.zeros((0, g)), np.zeros(g)
         self.scale_row_, self.noise_row_, self.noise_component_ = np.ones(0), np.ones(0), np.ones(0)
         self.alpha_, self.inverse_, self.learn_ = np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, dtype=np.int64)
-        self.scores_, self.gain_ = np.zeros((0, 0)), np.ones(0)
+        self.scores_, self.gain_, self.response_ = np.zeros((0, 0)), np.ones(0), asdict(Response())
         self.mix_, self.floor_ = 1.0, 0.1
         self.amplitude_ = np.array([1.0, 0.0])
         self.gene_sd_, self.spread_, self.quantile_ = np.ones(g), np.array([1.0, 0.0, 0.0]), np.ones(g)
@@ -545,16 +546,22 @@ class KnowledgeGP(KnowledgeModel):
 
         n = len(delta)
         L = self.learn_
-        told = sum(float(((F * self.gain_[: F.shape[1]]) ** 2).sum()) for F in scores)
+        deviations = [(F * self.gain_[: F.shape[1]]) @ f.axes for f, F in zip(folds, scores, strict=True)]
+        told = sum(float((d**2).sum()) for d in deviations)
         informative = told > _NOTHING * sum(float((f.target**2).sum()) for f in folds)
         direction, size = np.zeros_like(delta), np.zeros(n)
-        for f, F in zip(folds, scores, strict=True):
+        if informative:
+            response, deviations = fit_response(
+                deviations,
+                [f.rows - f.centre for f in folds],
+                [f.centre for f in folds],
+                [f.scores @ f.axes for f in folds],
+            )
+            self.response_ = {**asdict(response), "spread": spread(self.scores_ @ self.axes_)}
+        for f, d in zip(folds, deviations, strict=True):
             S = np.tensordot(self.similarity_weights_, f.near, 1)
             size[f.test] = _smooth(S, amplitude[f.train][:, None], amplitude[f.train].mean(), self.floor_)[:, 0]
-            if informative:
-                direction[f.test] = f.centre + (F * self.gain_[: F.shape[1]]) @ f.axes
-            else:
-                direction[f.test] = delta[f.train].mean(axis=0)
+            direction[f.test] = f.centre + d if informative else delta[f.train].mean(axis=0)
         if informative:
             self.amplitude_ = _amplitude_weights(direction[L], size[L], delta[L], amplitude[L])
         else:
@@ -637,7 +644,7 @@ class KnowledgeGP(KnowledgeModel):
         names = list(self.singles_)
         if not names:
             return np.tile(e.mean, (len(targets), 1)), np.full((len(targets), self.n_genes), np.nan)
-        amplitude = self.scale_row_**2
+        amplitude, respond = self.scale_row_**2, Response(**self.response_)
         shift = np.empty((len(targets), self.n_genes))
         sd = np.empty_like(shift)
         for start in range(0, len(targets), 256):
@@ -646,7 +653,8 @@ class KnowledgeGP(KnowledgeModel):
             cross, S = self._process_kernel(kernels), self._similarity(kernels)
             scores = self.mix_ * (cross @ self.alpha_) + (1 - self.mix_) * _smooth(S, self.scores_, 0.0, self.floor_)
             size = _smooth(S, amplitude[:, None], amplitude.mean(), self.floor_)[:, 0]
-            shift[start : start + 256] = self._scaled(self.centre_ + (scores * self.gain_) @ self.axes_, size)
+            deviation = respond((scores * self.gain_) @ self.axes_, self.centre_)
+            shift[start : start + 256] = self._scaled(self.centre_ + deviation, size)
             near = cross[:, self.learn_]
             variance = self._prior(part) - np.einsum("ij,jk,ik->i", near, self.inverse_, near, optimize=True)
             features = _spread_features(size, np.maximum(variance, 0.0))
