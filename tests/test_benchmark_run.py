@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -196,6 +197,22 @@ def test_hyper_parameters_are_chosen_on_validation_perturbations(screen, tmp_pat
     assert "no val cells to choose on" in failed[failed["model"] == "scaled"]["message"].iloc[0]
 
 
+def test_validation_perturbations_that_are_tested_are_refused_whatever_the_question(screen, tmp_path):
+    data = screen.copy()
+    scpert.pp.split(data, kind="perturbations", fractions=(0.5, 0.25, 0.25))
+    split, labels = (data.obs[k].astype(str).to_numpy() for k in ("split", "perturbation"))
+    held = sorted(set(labels[split == "test"]) - {"control"})[0]
+    split[np.flatnonzero(labels == held)[:3]] = "val"
+    data.obs["split"] = split
+    spec = ModelSpec("scaled", Scaled, grid={"factor": [1.0, 2.0]})
+    results = benchmark.run([Task("leak", data, "given", metrics=METRICS, n_draws=2)], [spec], seeds=1, out=tmp_path)
+    assert (results["status"] == "failed").all()
+    assert results["message"].str.contains("in val and in test but not in train: a leak").all()
+    scpert.pp.split(data, kind="cells")  # seen perturbations: all parts hold all of them
+    results = benchmark.run([Task("seen", data, "given", metrics=METRICS, n_draws=2)], [spec], seeds=1, out=tmp_path)
+    assert (results["status"] == "ok").all()
+
+
 @pytest.mark.parametrize("kind", ["test_in_train", "val_in_test", "combination"])
 def test_planted_leaks_are_refused(screen, tmp_path, kind):
     data = screen.copy()
@@ -330,7 +347,57 @@ def test_command_line(screen, tmp_path, capsys):
     assert (tmp_path / "out" / "leaderboard.html").exists()
 
 
+def test_functions_that_differ_in_what_they_hold_are_other_data(tmp_path):
+    """Results of one seed must not stand for those of another because the source of the function is the same."""
+    from scpert.benchmark._task import fingerprint
+
+    def load(seed=0):
+        return scpert.datasets.simulated(300, 40, 6, n_combinations=0, random_state=seed)
+
+    def around(seed):
+        return lambda: load(seed)
+
+    class Loader:
+        def __init__(self, seed):
+            self.seed = seed
+
+        def load(self):
+            return load(self.seed)
+
+    for make in (
+        lambda seed: functools.partial(load, seed),
+        lambda seed: functools.partial(load, seed=seed),
+        lambda seed: lambda s=seed: load(s),
+        around,
+        lambda seed: Loader(seed).load,
+    ):
+        assert fingerprint(make(0)) == fingerprint(make(0))
+        assert fingerprint(make(0)) != fingerprint(make(1))
+
+    def again(n):
+        return again(n - 1) if n else load()
+
+    assert fingerprint(again)
+    cells = [
+        benchmark.run([Task("t", around(s), "cells", metrics=("mse",), n_draws=2)], ["NoChange"], seeds=1, out=tmp_path)
+        for s in (0, 1)
+    ]
+    assert not cells[0]["value"].equals(cells[1]["value"])
+
+
+def test_long_names(screen, tmp_path):
+    task = _task(screen, "t" * 200, metrics=("mse",))
+    results = benchmark.run([task], [("m" * 200 + end, PerturbedMean) for end in "ab"], seeds=1, out=tmp_path)
+    assert results["model"].nunique() == 5 and (results["status"] == "ok").all()
+
+
 def test_errors(screen, tmp_path):
+    with pytest.raises(ScpertError, match="Task 't': metrics: 'msee' not known. Did you mean 'mse'"):
+        benchmark.run([_task(screen, metrics=("msee",))], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="there is no file 'nothing.h5ad'"):
+        benchmark.run([_task("nothing.h5ad")], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="select_by='msee' is no metric that has a best end"):
+        ModelSpec("scaled", Scaled, grid={"factor": [1.0]}, select_by="msee")
     with pytest.raises(ScpertError, match="Did you mean 'PerturbedMean'"):
         benchmark.run([_task(screen)], ["PerturbedMaen"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="is not known. TASKS has"):

@@ -381,6 +381,25 @@ def test_shifts_in_x_are_refused(truth):
         evaluate(predicted, truth)
 
 
+@pytest.mark.parametrize(
+    ("change", "odd"),
+    [
+        (lambda x: x, False),
+        (lambda x: x / np.log(2), True),  # log2
+        (lambda x: np.log1p(np.expm1(x) * 100), True),  # counts per million
+        (lambda x: np.log1p(np.expm1(x) / 1e4), True),  # shares
+    ],
+)
+def test_profiles_on_another_level_are_noted(truth, change, odd):
+    predicted = metrics.pseudobulk(truth)
+    predicted.X = change(predicted.X)
+    del predicted.layers["delta"]
+    notes = evaluate(predicted, truth, metrics=["mse"]).attrs["notes"]
+    assert len(notes) == int(odd)
+    if odd:
+        assert "natural log1p of counts per 10,000" in notes[0]
+
+
 def test_nan_in_a_prediction(truth):
     predicted = metrics.pseudobulk(truth)
     predicted.X[2, 5] = np.nan

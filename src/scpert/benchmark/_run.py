@@ -84,6 +84,14 @@ class ModelSpec:
                 f"{self.name!r}: select_on={self.select_on!r} would choose hyper-parameters on cells that the result is "
                 "measured on: a leak. They are chosen on validation perturbations only (select_on='val')."
             )
+        from ..metrics import METRICS
+
+        if self.select_by not in METRICS or METRICS[self.select_by].higher_is_better is None:
+            directed = [m.name for m in METRICS.values() if m.higher_is_better is not None]
+            raise ScpertError(
+                f"{self.name!r}: select_by={self.select_by!r} is no metric that has a best end. Choose one of "
+                f"{listing(directed, 100)}."
+            )
         if self.name in (BASELINE, CEILING, MISMATCHED):
             raise ScpertError(f"A model cannot be called {self.name!r}: the benchmark adds a row of this name.")
 
@@ -292,7 +300,7 @@ def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, A
         **{k: v for k, v in task.setup.items() if k != "covariate_keys"},
     )
     best: tuple[float, dict[str, Any], Any] | None = None
-    sign = -1.0 if METRICS[spec.select_by].higher_is_better is False else 1.0
+    sign = 1.0 if METRICS[spec.select_by].higher_is_better else -1.0
     for options in spec.candidates():
         model = _fit(spec, options, task, visible.copy(), seed)
         table = evaluate(
@@ -399,7 +407,9 @@ def _store(folder: Path, name: str, frame: pd.DataFrame, cost: dict[str, Any]) -
 
 
 def _file_name(task: str, model: str, seed: int, key: str) -> str:
-    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{task}__{model}")
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{task}__{model}")[
+        :100
+    ]  # the key tells them apart
     return f"{plain}__{seed}__{key}"
 
 
@@ -468,6 +478,8 @@ def run(
     seed_list = list(range(seeds)) if isinstance(seeds, (int, np.integer)) else [int(s) for s in seeds]
     if not seed_list:
         raise ScpertError("seeds is empty: give at least one.")
+    for task in task_list:
+        task.check()
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)

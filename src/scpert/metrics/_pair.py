@@ -382,6 +382,23 @@ class Pair:
                     listing(names_of, 5),
                 )
         self._load(shared)
+        self.notes = self._level_notes()
+        for note in self.notes:
+            logger.warning("evaluate: %s", note)
+
+    def _level_notes(self) -> list[str]:
+        """Whether predicted and observed profiles are on one level; a wrong logarithm or another total makes them differ."""
+        if self.reference.scale == K.SCALE_EFFECTS or not self.perturbations:
+            return []
+        predicted, observed = (
+            float(np.median(np.expm1(np.clip(x, 0, 50)).sum(axis=1))) for x in (self.predicted, self.observed)
+        )
+        if observed <= 0 or 1 / 3 <= predicted / observed <= 3:
+            return []
+        return [
+            f"sums of expm1 over the genes are {predicted:.4g} in predicted and {observed:.4g} in observed profiles (medians): is the "
+            "prediction the natural log1p of counts per 10,000, as observed is (not log2, not another total)?"
+        ]
 
     def _load(self, shared: list[str]) -> None:
         ref, pred = self.reference, self.prediction
