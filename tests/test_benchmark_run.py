@@ -347,6 +347,27 @@ def test_command_line(screen, tmp_path, capsys):
     assert (tmp_path / "out" / "leaderboard.html").exists()
 
 
+def test_command_line_takes_knowledge(screen, tmp_path, capsys, caplog):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    genes = list(screen.var_names)
+    pd.DataFrame({"gene": genes, "term": [f"t{i % 5}" for i in range(len(genes))]}).to_csv(
+        tmp_path / "go.tsv.gz", sep="\t", index=False
+    )
+    pd.DataFrame(np.random.default_rng(0).normal(size=(len(genes), 3)), index=genes).to_csv(tmp_path / "text.csv")
+    start = ["--data", str(tmp_path / "screen.h5ad"), "--models", "KNN", "NoChange", "--seeds", "1", "--metrics", "mse"]
+    start += ["--fractions", "0.5,0.25,0.25"]
+    tables = ["--knowledge", f"go={tmp_path / 'go.tsv.gz'}", f"text={tmp_path / 'text.csv'}"]
+    assert benchmark.main([*start, "--out", str(tmp_path / "a"), *tables]) == 0
+    assert "fallback" in capsys.readouterr().out and not caplog.text.count("no --knowledge")
+    assert benchmark.main([*start, "--out", str(tmp_path / "b")]) == 0
+    assert "KNN has no --knowledge" in caplog.text and "NoChange has no" not in caplog.text
+    known = [pd.read_parquet(tmp_path / x / "results.parquet").query("model == 'KNN'")["known"] for x in "ab"]
+    assert "unseen" in set(known[0]) and set(known[1]) == {"fallback"}
+    for bad, match in (("go", "not NAME=FILE"), ("go=nowhere.csv", "no such file"), (f"go={__file__}", "not a table")):
+        with pytest.raises(ScpertError, match=match):
+            benchmark.main([*start, "--out", str(tmp_path / "c"), "--knowledge", bad])
+
+
 def test_functions_that_differ_in_what_they_hold_are_other_data(tmp_path):
     """Results of one seed must not stand for those of another because the source of the function is the same."""
     from scpert.benchmark._task import fingerprint

@@ -35,7 +35,7 @@ logger = logging.getLogger("scpert")
 
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
