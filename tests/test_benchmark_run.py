@@ -263,6 +263,21 @@ def test_effects_folds_and_few_cells(screen, tmp_path):
     assert "undefined for the ceiling" in set(board[board["task"] == "effects"]["verdict"])
 
 
+def test_cells_of_the_training_mean_are_the_baseline_of_metrics_of_cells(screen, tmp_path):
+    names = ("mse", "mmd", "roc_auc")
+    task = _task(screen, level="cell", split="cells", metrics=names, split_options={"fractions": (0.5, 0.0, 0.5)})
+    flat = _task(screen, "flat", split="cells", metrics=("mse",), split_options={"fractions": (0.5, 0.0, 0.5)})
+    results = benchmark.run([task, flat], ["PerturbedMean"], seeds=1, out=tmp_path)
+    value = results[results["status"] == "ok"].pivot_table(
+        index="perturbation", columns=["task", "metric", "model"], values="value"
+    )
+    for name in ("mmd", "roc_auc"):  # the same cells
+        np.testing.assert_allclose(value["t"][name]["training_mean"], value["t"][name]["PerturbedMean"])
+    np.testing.assert_allclose(value["t"]["mse"]["training_mean"], value["flat"]["mse"]["training_mean"])
+    board = benchmark.leaderboard(results[results["task"] == "t"], n_boot=50).set_index(["metric", "model"])
+    assert board.loc[("mmd", "PerturbedMean"), "difference"] == 0
+
+
 def test_no_model_beats_the_mean_without_effect(tmp_path):
     null = scpert.datasets.simulated(700, 40, 12, n_combinations=0, random_state=0, effect_size=0.0, quality_fail=0.0)
     task = Task("null", null, "cells", metrics=METRICS, n_draws=8, split_options={"fractions": (0.5, 0.1, 0.4)})

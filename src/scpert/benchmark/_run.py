@@ -284,6 +284,25 @@ def _predict(model: Any, labels: Sequence[str], task: Task, seed: int, adata: An
     return model.predict_perturbation(list(labels), adata=adata, level=task.level, on_unknown="mean", random_state=seed)
 
 
+def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> pd.DataFrame:
+    """Scores of the training mean; metrics of cells get control cells that are moved by it."""
+    from .. import metrics
+    from ..metrics._registry import resolve
+
+    task = prepared.task
+    table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
+    names = [m.name for m in resolve(task.metrics, ()) if "cells" in m.needs]
+    if task.level == "cell" and names:
+        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
+        cells = metrics.evaluate(
+            _predict(model, reference.perturbations, task, seed, controls), reference, metrics=names
+        )
+        table[cells.columns] = cells
+        reasons = {k: v for k, v in table.attrs["reasons"].items() if k not in cells.columns}
+        table.attrs["reasons"] = reasons | cells.attrs["reasons"]
+    return table
+
+
 def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, Any], Any, str]:
     """The best candidate by its prediction of validation perturbations; never sees a test cell."""
     from ..metrics import METRICS, Reference, evaluate
@@ -346,7 +365,7 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                 if name == CEILING:
                     table = metrics.ceiling(reference, metrics=task.metrics, n_draws=task.n_draws, random_state=seed)
                 elif name == BASELINE:
-                    table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
+                    table = _baseline(reference, prepared, seed, base)
                 else:
                     begin = time.perf_counter()
                     predicted = _predict(model, reference.perturbations, task, seed, base)
