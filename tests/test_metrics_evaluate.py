@@ -374,6 +374,19 @@ def test_counts_are_refused_with_evidence(truth):
         evaluate(raw, truth)
 
 
+def test_counts_are_refused_as_effects(truth):
+    effects = metrics.pseudobulk(truth)
+    effects.X = effects.layers.pop("delta")
+    raw = ad.AnnData(X=truth.layers["counts"].copy(), obs=truth.obs.copy(), var=truth.var.copy())
+    with pytest.raises(ScaleError, match="look like raw counts: 100 % .* table of effects"):
+        evaluate(raw, effects, scale="effects")
+    assert (evaluate(effects, effects, scale="effects", metrics=["mse"])["mse"] == 0).all()
+    effects.X[:] = 0
+    ones = effects.copy()
+    ones.X[0, 0] = 3.0
+    assert evaluate(effects, ones, scale="effects", metrics=["mse"])["mse"].notna().all()
+
+
 def test_shifts_in_x_are_refused(truth):
     predicted = metrics.pseudobulk(truth)
     predicted.X = predicted.layers["delta"]
