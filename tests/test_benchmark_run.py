@@ -432,6 +432,8 @@ def test_errors(screen, tmp_path):
         benchmark.run([_task(screen, metrics=("msee",))], ["NoChange"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="there is no file 'nothing.h5ad'"):
         benchmark.run([_task("nothing.h5ad")], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(SplitError, match="learn from the split of the task"):
+        ModelSpec("mean", "PerturbedMean", setup={"split_key": "other"})
     with pytest.raises(ScpertError, match="select_by='msee' is no metric that has a best end"):
         ModelSpec("scaled", Scaled, grid={"factor": [1.0]}, select_by="msee")
     with pytest.raises(ScpertError, match="Did you mean 'PerturbedMean'"):

@@ -84,6 +84,10 @@ class ModelSpec:
                 f"{self.name!r}: select_on={self.select_on!r} would choose hyper-parameters on cells that the result is "
                 "measured on: a leak. They are chosen on validation perturbations only (select_on='val')."
             )
+        if "split_key" in self.setup:
+            raise SplitError(
+                f"{self.name!r}: setup names a split_key, but all models learn from the split of the task. Drop it."
+            )
         from ..metrics import METRICS
 
         if self.select_by not in METRICS or METRICS[self.select_by].higher_is_better is None:
