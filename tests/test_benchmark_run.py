@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import signal
@@ -196,6 +197,22 @@ def test_hyper_parameters_are_chosen_on_validation_perturbations(screen, tmp_pat
     assert "no val cells to choose on" in failed[failed["model"] == "scaled"]["message"].iloc[0]
 
 
+def test_validation_perturbations_that_are_tested_are_refused_whatever_the_question(screen, tmp_path):
+    data = screen.copy()
+    scpert.pp.split(data, kind="perturbations", fractions=(0.5, 0.25, 0.25))
+    split, labels = (data.obs[k].astype(str).to_numpy() for k in ("split", "perturbation"))
+    held = sorted(set(labels[split == "test"]) - {"control"})[0]
+    split[np.flatnonzero(labels == held)[:3]] = "val"
+    data.obs["split"] = split
+    spec = ModelSpec("scaled", Scaled, grid={"factor": [1.0, 2.0]})
+    results = benchmark.run([Task("leak", data, "given", metrics=METRICS, n_draws=2)], [spec], seeds=1, out=tmp_path)
+    assert (results["status"] == "failed").all()
+    assert results["message"].str.contains("in val and in test but not in train: a leak").all()
+    scpert.pp.split(data, kind="cells")  # seen perturbations: all parts hold all of them
+    results = benchmark.run([Task("seen", data, "given", metrics=METRICS, n_draws=2)], [spec], seeds=1, out=tmp_path)
+    assert (results["status"] == "ok").all()
+
+
 @pytest.mark.parametrize("kind", ["test_in_train", "val_in_test", "combination"])
 def test_planted_leaks_are_refused(screen, tmp_path, kind):
     data = screen.copy()
@@ -244,6 +261,21 @@ def test_effects_folds_and_few_cells(screen, tmp_path):
     assert sorted(part["perturbation"]) == sorted(names)  # each in one fold
     board = benchmark.leaderboard(results, n_boot=50)
     assert "undefined for the ceiling" in set(board[board["task"] == "effects"]["verdict"])
+
+
+def test_cells_of_the_training_mean_are_the_baseline_of_metrics_of_cells(screen, tmp_path):
+    names = ("mse", "mmd", "roc_auc")
+    task = _task(screen, level="cell", split="cells", metrics=names, split_options={"fractions": (0.5, 0.0, 0.5)})
+    flat = _task(screen, "flat", split="cells", metrics=("mse",), split_options={"fractions": (0.5, 0.0, 0.5)})
+    results = benchmark.run([task, flat], ["PerturbedMean"], seeds=1, out=tmp_path)
+    value = results[results["status"] == "ok"].pivot_table(
+        index="perturbation", columns=["task", "metric", "model"], values="value"
+    )
+    for name in ("mmd", "roc_auc"):  # the same cells
+        np.testing.assert_allclose(value["t"][name]["training_mean"], value["t"][name]["PerturbedMean"])
+    np.testing.assert_allclose(value["t"]["mse"]["training_mean"], value["flat"]["mse"]["training_mean"])
+    board = benchmark.leaderboard(results[results["task"] == "t"], n_boot=50).set_index(["metric", "model"])
+    assert board.loc[("mmd", "PerturbedMean"), "difference"] == 0
 
 
 def test_no_model_beats_the_mean_without_effect(tmp_path):
@@ -330,7 +362,80 @@ def test_command_line(screen, tmp_path, capsys):
     assert (tmp_path / "out" / "leaderboard.html").exists()
 
 
+def test_command_line_takes_knowledge(screen, tmp_path, capsys, caplog):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    genes = list(screen.var_names)
+    pd.DataFrame({"gene": genes, "term": [f"t{i % 5}" for i in range(len(genes))]}).to_csv(
+        tmp_path / "go.tsv.gz", sep="\t", index=False
+    )
+    pd.DataFrame(np.random.default_rng(0).normal(size=(len(genes), 3)), index=genes).to_csv(tmp_path / "text.csv")
+    start = ["--data", str(tmp_path / "screen.h5ad"), "--models", "KNN", "NoChange", "--seeds", "1", "--metrics", "mse"]
+    start += ["--fractions", "0.5,0.25,0.25"]
+    tables = ["--knowledge", f"go={tmp_path / 'go.tsv.gz'}", f"text={tmp_path / 'text.csv'}"]
+    assert benchmark.main([*start, "--out", str(tmp_path / "a"), *tables]) == 0
+    assert "fallback" in capsys.readouterr().out and not caplog.text.count("no --knowledge")
+    assert benchmark.main([*start, "--out", str(tmp_path / "b")]) == 0
+    assert "KNN has no --knowledge" in caplog.text and "NoChange has no" not in caplog.text
+    known = [pd.read_parquet(tmp_path / x / "results.parquet").query("model == 'KNN'")["known"] for x in "ab"]
+    assert "unseen" in set(known[0]) and set(known[1]) == {"fallback"}
+    for bad, match in (("go", "not NAME=FILE"), ("go=nowhere.csv", "no such file"), (f"go={__file__}", "not a table")):
+        with pytest.raises(ScpertError, match=match):
+            benchmark.main([*start, "--out", str(tmp_path / "c"), "--knowledge", bad])
+
+
+def test_functions_that_differ_in_what_they_hold_are_other_data(tmp_path):
+    """Results of one seed must not stand for those of another because the source of the function is the same."""
+    from scpert.benchmark._task import fingerprint
+
+    def load(seed=0):
+        return scpert.datasets.simulated(300, 40, 6, n_combinations=0, random_state=seed)
+
+    def around(seed):
+        return lambda: load(seed)
+
+    class Loader:
+        def __init__(self, seed):
+            self.seed = seed
+
+        def load(self):
+            return load(self.seed)
+
+    for make in (
+        lambda seed: functools.partial(load, seed),
+        lambda seed: functools.partial(load, seed=seed),
+        lambda seed: lambda s=seed: load(s),
+        around,
+        lambda seed: Loader(seed).load,
+    ):
+        assert fingerprint(make(0)) == fingerprint(make(0))
+        assert fingerprint(make(0)) != fingerprint(make(1))
+
+    def again(n):
+        return again(n - 1) if n else load()
+
+    assert fingerprint(again)
+    cells = [
+        benchmark.run([Task("t", around(s), "cells", metrics=("mse",), n_draws=2)], ["NoChange"], seeds=1, out=tmp_path)
+        for s in (0, 1)
+    ]
+    assert not cells[0]["value"].equals(cells[1]["value"])
+
+
+def test_long_names(screen, tmp_path):
+    task = _task(screen, "t" * 200, metrics=("mse",))
+    results = benchmark.run([task], [("m" * 200 + end, PerturbedMean) for end in "ab"], seeds=1, out=tmp_path)
+    assert results["model"].nunique() == 5 and (results["status"] == "ok").all()
+
+
 def test_errors(screen, tmp_path):
+    with pytest.raises(ScpertError, match="Task 't': metrics: 'msee' not known. Did you mean 'mse'"):
+        benchmark.run([_task(screen, metrics=("msee",))], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="there is no file 'nothing.h5ad'"):
+        benchmark.run([_task("nothing.h5ad")], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(SplitError, match="learn from the split of the task"):
+        ModelSpec("mean", "PerturbedMean", setup={"split_key": "other"})
+    with pytest.raises(ScpertError, match="select_by='msee' is no metric that has a best end"):
+        ModelSpec("scaled", Scaled, grid={"factor": [1.0]}, select_by="msee")
     with pytest.raises(ScpertError, match="Did you mean 'PerturbedMean'"):
         benchmark.run([_task(screen)], ["PerturbedMaen"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="is not known. TASKS has"):

@@ -374,11 +374,43 @@ def test_counts_are_refused_with_evidence(truth):
         evaluate(raw, truth)
 
 
+def test_counts_are_refused_as_effects(truth):
+    effects = metrics.pseudobulk(truth)
+    effects.X = effects.layers.pop("delta")
+    raw = ad.AnnData(X=truth.layers["counts"].copy(), obs=truth.obs.copy(), var=truth.var.copy())
+    with pytest.raises(ScaleError, match="look like raw counts: 100 % .* table of effects"):
+        evaluate(raw, effects, scale="effects")
+    assert (evaluate(effects, effects, scale="effects", metrics=["mse"])["mse"] == 0).all()
+    effects.X[:] = 0
+    ones = effects.copy()
+    ones.X[0, 0] = 3.0
+    assert evaluate(effects, ones, scale="effects", metrics=["mse"])["mse"].notna().all()
+
+
 def test_shifts_in_x_are_refused(truth):
     predicted = metrics.pseudobulk(truth)
     predicted.X = predicted.layers["delta"]
     with pytest.raises(ScaleError, match="looks like shifts"):
         evaluate(predicted, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "odd"),
+    [
+        (lambda x: x, False),
+        (lambda x: x / np.log(2), True),  # log2
+        (lambda x: np.log1p(np.expm1(x) * 100), True),  # counts per million
+        (lambda x: np.log1p(np.expm1(x) / 1e4), True),  # shares
+    ],
+)
+def test_profiles_on_another_level_are_noted(truth, change, odd):
+    predicted = metrics.pseudobulk(truth)
+    predicted.X = change(predicted.X)
+    del predicted.layers["delta"]
+    notes = evaluate(predicted, truth, metrics=["mse"]).attrs["notes"]
+    assert len(notes) == int(odd)
+    if odd:
+        assert "natural log1p of counts per 10,000" in notes[0]
 
 
 def test_nan_in_a_prediction(truth):

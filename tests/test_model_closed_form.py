@@ -178,6 +178,7 @@ def test_an_edge_counts_the_same_whichever_way_it_is_written():
         (pd.DataFrame({"gene": [], "term": []}), "is empty"),
         (pd.DataFrame({"a": [1.0, np.nan]}, index=["x", "y"]), "NaN or infinite"),
         (pd.DataFrame({"a": [1.0, 2.0]}, index=["x", "x"]), "more than one row"),
+        (pd.DataFrame({"source": ["x", "y"], "target": ["x", "y"]}), "no edge between two different genes"),
         ([1, 2], "must be a DataFrame"),
     ],
 )
@@ -186,6 +187,24 @@ def test_bad_tables(table, match):
         read_knowledge({"t": table})
     with pytest.raises(ScpertError, match="must map names to tables"):
         read_knowledge([1, 2])
+
+
+@pytest.mark.parametrize("value", [-0.1, np.inf])
+def test_standard_errors_that_cannot_be_are_refused(value):
+    names = [f"g{i}" for i in range(6)]
+    table = ad.AnnData(
+        X=np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32),
+        obs=pd.DataFrame({"perturbation": names}, index=names),
+        var=pd.DataFrame(index=list("abcd")),
+    )
+    table.layers["std_error"] = np.full(table.shape, 0.5)
+    table.layers["std_error"][0, 0] = np.nan  # not known
+    scpert.model.PerturbedMean.setup_anndata(table, scale="effects")
+    scpert.model.PerturbedMean(table).train()
+    table.layers["std_error"][2, 1] = value
+    scpert.model.PerturbedMean.setup_anndata(table, scale="effects")
+    with pytest.raises(ScpertError, match="negative or infinite .*'g2', 'b'"):
+        scpert.model.PerturbedMean(table).train()
 
 
 @pytest.fixture(scope="module")

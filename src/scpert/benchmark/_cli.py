@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import ScpertError
+
 __all__ = ["add_arguments", "main"]
+
+logger = logging.getLogger("scpert")
 
 MODELS = ("NoChange", "PerturbedMean", "Additive", "LinearPCA")
 
@@ -36,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--n-folds", type=int, default=None)
     parser.add_argument("--metrics", nargs="*", default=None)
     parser.add_argument("--max-epochs", type=int, default=None, help="for models that are trained in epochs")
+    parser.add_argument(
+        "--knowledge",
+        nargs="*",
+        default=[],
+        metavar="NAME=FILE",
+        help="tables for models that take knowledge (KNN, Ridge, KnowledgeGP): csv, tsv or parquet with the columns gene and "
+        "term, or source and target, or an embedding with the genes in the first column",
+    )
     parser.add_argument("--dask", default=None, help="address of a Dask scheduler, or a number of local workers")
     return parser
 
@@ -91,7 +106,18 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     elif not tasks:
         tasks = list(TASKS)
     train = {"max_epochs": args.max_epochs} if args.max_epochs else {}
-    models = [ModelSpec(name, train=train) for name in args.models]
+    knowledge = _knowledge(args.knowledge)
+    models = []
+    for name in args.models:
+        spec = ModelSpec(name, train=train)
+        if "knowledge" in inspect.signature(spec.resolve()).parameters:
+            if knowledge:
+                spec = replace(spec, options={"knowledge": knowledge})
+            else:
+                logger.warning(
+                    "%s has no --knowledge: of unseen perturbations it can predict the mean effect only", name
+                )
+        models.append(spec)
     seeds: Any = int(args.seeds) if "," not in str(args.seeds) else [int(s) for s in args.seeds.split(",")]
     engine = _client(args.dask) if args.dask else None
     try:
@@ -107,11 +133,35 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     )[:1]
     for metric in shown:
         part = board[board["metric"] == metric][
-            ["task", "model", "rank", "value", "score", "lower", "upper", "seconds", "verdict"]
+            ["task", "model", "rank", "value", "score", "lower", "upper", "fallback", "seconds", "verdict"]
         ]
         print(f"\n{metric}\n{part.to_string(index=False, float_format=lambda x: f'{x:.4g}')}")
     print(f"\nAll metrics: {page}")
     return 0
+
+
+def _knowledge(items: Sequence[str]) -> dict[str, Any]:
+    """Tables by name from ``NAME=FILE``."""
+    import pandas as pd
+
+    out: dict[str, Any] = {}
+    for item in items:
+        name, found, file = item.partition("=")
+        if not (name and found and file):
+            raise ScpertError(f"--knowledge {item!r} is not NAME=FILE. Write, for example, --knowledge go=go.tsv.")
+        kinds = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+        ending = Path(file.removesuffix(".gz")).suffix
+        if not Path(file).is_file() or ending not in (*kinds, ".parquet"):
+            raise ScpertError(
+                f"--knowledge {item!r}: {'not a table that can be read' if Path(file).is_file() else 'there is no such file'}. Give "
+                "a csv, tsv or parquet file."
+            )
+        table = pd.read_parquet(file) if ending == ".parquet" else pd.read_csv(file, sep=kinds[ending])
+        edges = {"gene", "term"} <= set(table.columns) or {"source", "target"} <= set(table.columns)
+        if not edges and isinstance(table.index, pd.RangeIndex):
+            table = table.set_index(table.columns[0])
+        out[name] = table
+    return out
 
 
 def _client(where: str) -> Any:

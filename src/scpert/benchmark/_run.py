@@ -35,7 +35,7 @@ logger = logging.getLogger("scpert")
 
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,18 @@ class ModelSpec:
             raise SplitError(
                 f"{self.name!r}: select_on={self.select_on!r} would choose hyper-parameters on cells that the result is "
                 "measured on: a leak. They are chosen on validation perturbations only (select_on='val')."
+            )
+        if "split_key" in self.setup:
+            raise SplitError(
+                f"{self.name!r}: setup names a split_key, but all models learn from the split of the task. Drop it."
+            )
+        from ..metrics import METRICS
+
+        if self.select_by not in METRICS or METRICS[self.select_by].higher_is_better is None:
+            directed = [m.name for m in METRICS.values() if m.higher_is_better is not None]
+            raise ScpertError(
+                f"{self.name!r}: select_by={self.select_by!r} is no metric that has a best end. Choose one of "
+                f"{listing(directed, 100)}."
             )
         if self.name in (BASELINE, CEILING, MISMATCHED):
             raise ScpertError(f"A model cannot be called {self.name!r}: the benchmark adds a row of this name.")
@@ -276,6 +288,25 @@ def _predict(model: Any, labels: Sequence[str], task: Task, seed: int, adata: An
     return model.predict_perturbation(list(labels), adata=adata, level=task.level, on_unknown="mean", random_state=seed)
 
 
+def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> pd.DataFrame:
+    """Scores of the training mean; metrics of cells get control cells that are moved by it."""
+    from .. import metrics
+    from ..metrics._registry import resolve
+
+    task = prepared.task
+    table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
+    names = [m.name for m in resolve(task.metrics, ()) if "cells" in m.needs]
+    if task.level == "cell" and names:
+        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
+        cells = metrics.evaluate(
+            _predict(model, reference.perturbations, task, seed, controls), reference, metrics=names
+        )
+        table[cells.columns] = cells
+        reasons = {k: v for k, v in table.attrs["reasons"].items() if k not in cells.columns}
+        table.attrs["reasons"] = reasons | cells.attrs["reasons"]
+    return table
+
+
 def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, Any], Any, str]:
     """The best candidate by its prediction of validation perturbations; never sees a test cell."""
     from ..metrics import METRICS, Reference, evaluate
@@ -292,7 +323,7 @@ def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, A
         **{k: v for k, v in task.setup.items() if k != "covariate_keys"},
     )
     best: tuple[float, dict[str, Any], Any] | None = None
-    sign = -1.0 if METRICS[spec.select_by].higher_is_better is False else 1.0
+    sign = 1.0 if METRICS[spec.select_by].higher_is_better else -1.0
     for options in spec.candidates():
         model = _fit(spec, options, task, visible.copy(), seed)
         table = evaluate(
@@ -338,7 +369,7 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                 if name == CEILING:
                     table = metrics.ceiling(reference, metrics=task.metrics, n_draws=task.n_draws, random_state=seed)
                 elif name == BASELINE:
-                    table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
+                    table = _baseline(reference, prepared, seed, base)
                 else:
                     begin = time.perf_counter()
                     predicted = _predict(model, reference.perturbations, task, seed, base)
@@ -399,7 +430,9 @@ def _store(folder: Path, name: str, frame: pd.DataFrame, cost: dict[str, Any]) -
 
 
 def _file_name(task: str, model: str, seed: int, key: str) -> str:
-    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{task}__{model}")
+    plain = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{task}__{model}")[
+        :100
+    ]  # the key tells them apart
     return f"{plain}__{seed}__{key}"
 
 
@@ -468,6 +501,8 @@ def run(
     seed_list = list(range(seeds)) if isinstance(seeds, (int, np.integer)) else [int(s) for s in seeds]
     if not seed_list:
         raise ScpertError("seeds is empty: give at least one.")
+    for task in task_list:
+        task.check()
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)

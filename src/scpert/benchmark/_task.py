@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
@@ -9,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import CellType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,6 +144,19 @@ class Task:
             "n_draws": self.n_draws,
         }
 
+    def check(self) -> None:
+        """Raise before anything is computed if a metric is not known or the file is not there."""
+        from ..metrics._registry import resolve
+
+        try:
+            resolve(self.metrics, ())
+        except ScpertError as error:
+            raise ScpertError(f"Task {self.name!r}: {error}") from None
+        if isinstance(self.data, (str, Path)) and not Path(self.data).is_file():
+            raise ScpertError(
+                f"Task {self.name!r}: there is no file {str(self.data)!r}. Give the path of an h5ad file."
+            )
+
     def load(self) -> AnnData:
         """The data, as a copy of its own."""
         if isinstance(self.data, (str, Path)):
@@ -160,7 +175,9 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _feed(digest: Any, value: Any) -> None:
+def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
+    if id(value) in seen:  # a function that calls itself
+        return
     if isinstance(value, Path) or isinstance(value, str) and value.endswith(".h5ad"):
         digest.update(b"file")
         with open(value, "rb") as file:
@@ -194,6 +211,9 @@ def _feed(digest: Any, value: Any) -> None:
     elif is_dataclass(value) and not isinstance(value, type):
         digest.update(type(value).__qualname__.encode())
         _feed(digest, {f.name: getattr(value, f.name) for f in fields(value)})
+    elif isinstance(value, functools.partial):
+        digest.update(b"partial")
+        _feed(digest, [value.func, list(value.args), value.keywords])
     elif callable(value):
         name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(type(value)))}"
         try:
@@ -201,8 +221,26 @@ def _feed(digest: Any, value: Any) -> None:
         except (OSError, TypeError):
             pass
         digest.update(name.encode())
+        for part in _around(value):
+            _feed(digest, part, (*seen, id(value)))
     else:
         digest.update(json.dumps(value, default=repr).encode())
+
+
+def _around(value: Any) -> list[Any]:
+    """What two callables of the same source differ in: defaults, values from around them, the object they belong to."""
+    cells = [cell for cell in getattr(value, "__closure__", None) or () if cell != CellType()]  # but for empty ones
+    owner = getattr(value, "__self__", None)
+    state = () if isinstance(owner, ModuleType) else getattr(owner, "__dict__", ())
+    own = () if isinstance(value, (type, FunctionType)) else getattr(value, "__dict__", ())
+    parts = (
+        getattr(value, "__defaults__", None),
+        getattr(value, "__kwdefaults__", None),
+        *(cell.cell_contents for cell in cells),
+        dict(state),
+        dict(own),
+    )
+    return [part for part in parts if part is not None and not (isinstance(part, dict) and not part)]
 
 
 # ---------------------------------------------------------------------------------------------- what a model may see
@@ -278,16 +316,23 @@ def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:
         parts = pd.Series(split, index=adata.obs_names)[twice.unique()]
         if parts.groupby(level=0).nunique().max() > 1:
             raise SplitError(f"Task {task.name!r}: cell {twice[0]!r} is in two parts of the split: a leak.")
-    unseen = task.split in UNSEEN or (
-        task.split == "given" and "unseen" in task.question and "context" not in task.question
-    )
-    if not unseen:
+    given = task.split == "given" and "context" not in task.question
+    unseen = task.split in UNSEEN or (given and "unseen" in task.question)
+    if not (unseen or given):
         return
     labels = [canonical(x, task.control) for x in adata.obs[task.perturbation_key].astype(str)]
     of_part = {
         part: {x for x, s in zip(labels, split, strict=True) if s == part} - {task.control}
         for part in (K.TRAIN, K.VAL, K.TEST)
     }
+    if not unseen:  # nothing is said of the question: what no model learns from may not be chosen on, either
+        both = (of_part[K.VAL] & of_part[K.TEST]) - of_part[K.TRAIN]
+        if both:
+            raise SplitError(
+                f"Task {task.name!r}: {listing(sorted(both), 4)} {'is' if len(both) == 1 else 'are'} in val and in test but not "
+                "in train: a leak, hyper-parameters would be chosen on tested perturbations. Give every perturbation one part."
+            )
+        return
     for part, other in ((K.TRAIN, K.TEST), (K.VAL, K.TEST), (K.TRAIN, K.VAL)):
         both = of_part[part] & of_part[other]
         if both:

@@ -92,6 +92,14 @@ class Effects:
         if K.STD_ERROR in adata.layers:
             layer = adata.layers[K.STD_ERROR][rows]
             errors = np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, dtype=np.float32)
+            bad = (errors < 0) | np.isinf(errors)
+            if bad.any():
+                row, column = np.argwhere(bad)[0]
+                raise ScpertError(
+                    f"layers[{K.STD_ERROR!r}] has {int(bad.sum())} value(s) that are negative or infinite (first: "
+                    f"{errors[row, column]:.4g} of {adata.obs_names[rows[row]]!r}, {adata.var_names[column]!r}). Standard errors are "
+                    "finite and not below 0; use NaN where one is not known."
+                )
         n = np.ones(len(rows))
         if K.N_CELLS in adata.obs.columns:
             n = pd.to_numeric(adata.obs[K.N_CELLS].iloc[rows], errors="coerce").fillna(1).to_numpy(dtype=float)

@@ -73,7 +73,8 @@ def evaluate(
     -------
     DataFrame ``(perturbation, metric)``, index ``"perturbation"``. ``attrs``: ``reasons`` (metric -> perturbation or
     ``"all"`` -> why NaN), ``only_predicted``, ``only_observed``, ``genes_only_predicted``, ``genes_only_observed``,
-    ``n_genes``, ``level``, ``predicted_control`` (what the predicted shift is against), ``notes``.
+    ``n_genes``, ``level``, ``predicted_control`` (what the predicted shift is against), ``notes`` (what is odd, such as
+    profiles on another level than the observed ones).
 
     Raises
     ------
@@ -140,6 +141,7 @@ def compute(pair: Pair, metrics: str | Sequence[str] | None = None) -> pd.DataFr
         "level": pair.level,
         "scale": pair.reference.scale,
         "predicted_control": pair.reference_note,
+        "notes": pair.notes,
         "has_train": pair.reference.train is not None,
     }
     table.attrs = attrs

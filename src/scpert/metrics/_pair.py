@@ -281,7 +281,9 @@ class Prediction:
         self.X = adata.layers[K.DELTA] if effects and K.DELTA in adata.layers else adata.X
         if self.X is None:
             raise ScpertError("The prediction's X is empty: a prediction holds log1p CP10k values in X.")
-        if not effects:
+        if effects:
+            _refuse_counts_for_effects(self.X, reference.screen.X)
+        else:
             _refuse_wrong_scale(self.X, float(reference.control_mean.mean()))
 
     def cells(self, label: str, genes: np.ndarray) -> sparse.csr_matrix:
@@ -312,6 +314,22 @@ def _refuse_wrong_scale(X: Any, level: float) -> None:
             f"{100 * negative:.0f} % of the prediction's non-zero values in X are negative, and their mean is far below "
             f"that of the control cells ({level:.3g}): X looks like shifts against control. Put control + shift in X (log1p "
             "CP10k) and the shift in layers['delta'], or compare effects with effects (scale='effects')."
+        )
+
+
+def _refuse_counts_for_effects(X: Any, observed: Any) -> None:
+    if not np.isfinite(_first_finite(X)):
+        return
+    evidence = scale_evidence(X)
+    if (
+        evidence.integers == 1.0
+        and evidence.maximum > 1
+        and evidence.minimum >= 0
+        and scale_evidence(observed).integers < 1
+    ):
+        raise ScaleError(
+            f"The prediction's values look like raw counts: {evidence}. Observed is a table of effects: compare it with predicted "
+            "effects, in X or in layers['delta']."
         )
 
 
@@ -382,6 +400,23 @@ class Pair:
                     listing(names_of, 5),
                 )
         self._load(shared)
+        self.notes = self._level_notes()
+        for note in self.notes:
+            logger.warning("evaluate: %s", note)
+
+    def _level_notes(self) -> list[str]:
+        """Whether predicted and observed profiles are on one level; a wrong logarithm or another total makes them differ."""
+        if self.reference.scale == K.SCALE_EFFECTS or not self.perturbations:
+            return []
+        predicted, observed = (
+            float(np.median(np.expm1(np.clip(x, 0, 50)).sum(axis=1))) for x in (self.predicted, self.observed)
+        )
+        if observed <= 0 or 1 / 3 <= predicted / observed <= 3:
+            return []
+        return [
+            f"sums of expm1 over the genes are {predicted:.4g} in predicted and {observed:.4g} in observed profiles (medians): is the "
+            "prediction the natural log1p of counts per 10,000, as observed is (not log2, not another total)?"
+        ]
 
     def _load(self, shared: list[str]) -> None:
         ref, pred = self.reference, self.prediction

@@ -67,21 +67,29 @@ _PDS: dict = {
     "formula": "1 - rank_p / P, rank_p = #{q: d_pq < d_pp} + #ties/2, d over genes but p's targets",
     "source": "cell-eval, Virtual Cell Challenge (ties there by row order; there only a single target is left out)",
 }
+CONSTANT = (
+    "a constant prediction scores 0.5 + 1/(2P), and more where targets are measured: p's own strong change is left out of its "
+    "own distance only (the retrieval metrics without targets leave it out of all)"
+)
 
 
-@metric("discrimination_score_l1", exploit="depends on the scale: multiplying all predictions changes it", **_PDS)
+@metric(
+    "discrimination_score_l1",
+    exploit="depends on the scale: multiplying all predictions changes it; " + CONSTANT,
+    **_PDS,
+)
 def discrimination_score_l1(pair: Pair) -> np.ndarray:
     """Perturbation discrimination score by Manhattan distance of the shifts."""
     return _discrimination(pair, "l1")
 
 
-@metric("discrimination_score_l2", exploit="depends on the scale of the predictions", **_PDS)
+@metric("discrimination_score_l2", exploit="depends on the scale of the predictions; " + CONSTANT, **_PDS)
 def discrimination_score_l2(pair: Pair) -> np.ndarray:
     """Perturbation discrimination score by Euclidean distance of the shifts."""
     return _discrimination(pair, "l2")
 
 
-@metric("discrimination_score_cosine", exploit="blind to the size of the effect", **_PDS)
+@metric("discrimination_score_cosine", exploit="blind to the size of the effect; " + CONSTANT, **_PDS)
 def discrimination_score_cosine(pair: Pair) -> np.ndarray:
     """Perturbation discrimination score by cosine distance of the shifts."""
     return _discrimination(pair, "cosine")

@@ -151,7 +151,8 @@ def ceiling(
     Returns
     -------
     As :func:`evaluate`; ``attrs["n_draws"]``; ``attrs["mismatched"]``: metric -> perturbation -> what the replicate of
-    *another* perturbation scores. Perturbations with fewer than two cells are NaN.
+    *another* perturbation scores; a metric with one value for the set has nothing to resample, so there it is 2.6 standard
+    deviations between draws above that. Perturbations with fewer than two cells are NaN.
 
     Examples
     --------
@@ -190,15 +191,17 @@ def ceiling(
     generators = np.random.default_rng(random_state).spawn(int(n_draws))
     total: pd.DataFrame | None = None
     count: pd.DataFrame | None = None
+    own: list[pd.DataFrame] = []
     wrong: list[pd.DataFrame] = []
     reasons: dict[str, dict[str, str]] = {}
     needs_cells = any("cells" in METRICS[n].needs for n in names)
     for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
         half = _halve(reference, usable, rng)
         table = compute(half.pair(kind, needs_cells), names)
-        if kind == "split_half" and not needs_cells and len(usable) > 1:
+        if len(usable) > 1:
             turn = int(rng.integers(1, len(usable)))
-            wrong.append(by_chance(compute(half.pair(kind, False, turn=turn), names)))
+            own.append(by_chance(table))
+            wrong.append(by_chance(compute(half.pair(kind, needs_cells, turn=turn), names)))
         if table.attrs["reasons"]:
             reasons = table.attrs["reasons"]
         filled = table.fillna(0.0)
@@ -218,9 +221,22 @@ def ceiling(
         "level": "cell" if needs_cells else "pseudobulk",
     }
     if wrong:
-        mean = pd.concat(wrong).groupby(level=0).mean()
-        out.attrs["mismatched"] = {str(m): {str(p): float(v) for p, v in mean[m].dropna().items()} for m in mean}
+        limits = _mismatched(own, wrong)
+        out.attrs["mismatched"] = {str(m): {str(p): float(v) for p, v in limits[m].dropna().items()} for m in limits}
     return out
+
+
+def _mismatched(own: Sequence[pd.DataFrame], wrong: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """What the replicate of another perturbation scores; for metrics of the set at most (the best value: not known)."""
+    limits = pd.concat(wrong).groupby(level=0).mean()
+    spread = pd.concat(own).groupby(level=0).std()
+    for name in limits.columns:
+        m = METRICS.get(str(name))
+        if m is None or m.level != "set" or m.higher_is_better is None:
+            continue
+        sign = 1.0 if m.higher_is_better else -1.0
+        limits[name] = limits[name] + sign * 2.6 * spread[name] if len(own) > 2 else m.best
+    return limits
 
 
 def _empty(labels: Sequence[str], names: Sequence[str], reason: str) -> pd.DataFrame:
@@ -253,24 +269,32 @@ class _Halves:
         self.predicting, self.truth = predicting, truth
 
     def pair(self, kind: str, cells: bool, *, turn: int = 0) -> Pair:
-        """One half as the prediction of the other; ``turn``: each perturbation is predicted by another one's replicate."""
+        """One half as the prediction of the other; ``turn``: each perturbation is predicted by another one's replicate.
+
+        Metrics of cells have the perturbed cells mixed instead, each perturbation as many as it has.
+        """
         a = self.predicting
-        mean, base = np.roll(a.mean, turn, axis=0), a.control_mean
+        mean, base = a.mean, a.control_mean
         if kind == "interpolated":
             centroid: Any = a.centroid
             alpha = 1.0 - _padj(a)
             mean = alpha * mean + (1 - alpha) * centroid
         if cells and kind == "split_half":
-            return Pair(_cells_of(a), self.truth, level="cell")
+            return Pair(_cells_of(a, turn), self.truth, level="cell")
+        mean = np.roll(mean, turn, axis=0)
         return Pair(as_prediction(a, mean, mean - base), self.truth, level="pseudobulk")
 
 
-def _cells_of(half: _Half) -> AnnData:
+def _cells_of(half: _Half, turn: int) -> AnnData:
     from anndata import AnnData as Table
 
     order = [*half.perturbations, half.control]
-    X = sparse.vstack([half.screen.rows(half.rows[p]) for p in order], format="csr")
-    labels = np.repeat(np.array(order, dtype=object), [len(half.rows[p]) for p in order])
+    rows = [half.rows[p] for p in order]
+    if turn:  # other perturbations' cells, as many as there are: their number alone moves tests and E-distances
+        mixed = np.random.default_rng(turn).permutation(np.concatenate(rows[:-1]))
+        rows = [*np.split(mixed, np.cumsum([len(part) for part in rows[:-1]])[:-1]), rows[-1]]
+    X = sparse.vstack([half.screen.rows(part) for part in rows], format="csr")
+    labels = np.repeat(np.array(order, dtype=object), [len(part) for part in rows])
     obs = pd.DataFrame({half.perturbation_key: labels}, index=pd.Index([f"cell{i}" for i in range(len(labels))]))
     return Table(X=X, obs=obs, var=pd.DataFrame(index=pd.Index(half.genes.astype(str))))
 
@@ -408,10 +432,11 @@ def summarise(
 
     ``score = (s_model - s_baseline) / (s_ceiling - s_baseline)`` with ``s`` the mean over the perturbations that all
     three tables have a value for. Where the ceiling is not clearly better than the baseline (2.5 % bootstrap limit of their
-    difference), or not clearly better than the replicate of another perturbation (0.5 % limit; this one shares the noise of
-    the controls and of the centroid, which alone makes halves correlate), the score is NaN and the verdict says "nothing to
-    predict here". A prediction that is flat, and so has no
-    correlation, counts with the metric's value by chance: nobody gains by predicting nothing.
+    difference), or not clearly better than the replicate of another perturbation (0.5 % limit, for metrics of the set 2.6
+    standard deviations between draws; this one shares the noise of the controls and of the centroid, which alone makes halves
+    correlate), the score is NaN and the verdict says "nothing to predict here"; so it does where fewer than five
+    perturbations, and fewer than half of them, have a value. A prediction that is flat, and so has no correlation, counts
+    with the metric's value by chance: nobody gains by predicting nothing.
 
     Parameters
     ----------
@@ -462,6 +487,8 @@ def summarise(
                 if not np.isfinite(values[:, i]).any()
             ]
             record["verdict"] = f"undefined for {' and '.join(empty) or 'the shared perturbations'}"
+        elif _too_few(ok) and METRICS[name].level != "set":
+            record["verdict"] = f"{NOTHING}: undefined for {len(rows) - ok.sum()} of {len(rows)} perturbations"
         else:
             wrong = ceiling.attrs.get("mismatched", {}).get(name, {})
             other = np.array([wrong.get(row, np.nan) for row in rows], dtype=float)[ok]
@@ -503,20 +530,16 @@ def _score(
     values[:, 0] = values[:, 1] + _snap(values[:, 0] - values[:, 1], values[:, 1])
     model, base, top = values.mean(axis=0)
     gap = sign * (top - base)
-    if METRICS[name].level == "set":
-        clear = gap > 1e-9
+    is_set = METRICS[name].level == "set"
+    if is_set or len(rows) < 2:
+        clear = gap > 1e-9 and not _no_better(values[:, 2], mismatched, rows, sign, None, n_boot, seed, is_set)
         lower = upper = np.nan
-    elif len(rows) < 2:
-        clear, lower, upper = gap > 1e-9, np.nan, np.nan
     else:
         weights = _resampler(rows, clusters, n_boot, seed)
         m, b, c = (_weighted_means(values[:, i], weights) for i in range(3))
         gaps = sign * (c - b)
         clear = np.nanpercentile(gaps, 2.5) > 1e-9
-        known = np.isfinite(mismatched)
-        if known.sum() > 1:
-            own = sign * (values[known, 2] - mismatched[known])
-            clear &= np.nanpercentile(_weighted_means(own, _resampler(rows[known], clusters, n_boot, seed)), 0.5) > 1e-9
+        clear &= not _no_better(values[:, 2], mismatched, rows, sign, clusters, n_boot, seed, is_set)
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.where(gaps > 1e-9, sign * (m - b) / gaps, np.nan)
         lower, upper = np.nanpercentile(scores, [tail, 100 - tail]) if np.isfinite(scores).any() else (np.nan, np.nan)
@@ -533,7 +556,32 @@ def _score(
             else "not clearly different from the training mean"
         )
     else:
-        record["verdict"] = "one value for the set: no limits"
+        record["verdict"] = f"one {'value for the set' if is_set else 'perturbation'}: no limits"
+
+
+def _too_few(defined: np.ndarray) -> bool:
+    """Whether a metric is undefined for most perturbations (no gene changes, say), and the rest are a chance few."""
+    return bool(defined.sum() < min(5, len(defined) / 2))
+
+
+def _no_better(
+    replicate: np.ndarray,
+    mismatched: np.ndarray,
+    rows: np.ndarray,
+    sign: float,
+    clusters: Mapping[str, str] | pd.Series | None,
+    n_boot: int,
+    seed: int,
+    is_set: bool,
+) -> bool:
+    """Whether the replicate is not clearly better than that of another perturbation: noise that all of them share."""
+    known = np.isfinite(mismatched)
+    own = sign * (replicate[known] - mismatched[known])
+    if is_set:  # `mismatched` holds the limit already
+        return bool(known.any() and own.mean() <= 1e-9)
+    if known.sum() < 2:
+        return False
+    return bool(np.nanpercentile(_weighted_means(own, _resampler(rows[known], clusters, n_boot, seed)), 0.5) <= 1e-9)
 
 
 def compare(
@@ -547,6 +595,9 @@ def compare(
     random_state: int = 0,
 ) -> pd.DataFrame:
     """Tell whether ``a`` is better than ``b``, by a paired bootstrap over perturbations.
+
+    It does not ask whether the data hold anything to predict: on a screen without effects *no change* has less error than
+    a mean that is noise. :func:`summarise` asks that.
 
     Parameters
     ----------
@@ -615,7 +666,8 @@ def dynamic_range(
 
     ``DRF = (s_neg - s_pos) / (s_neg - s_perfect)``: the share of the way from the negative control (the training mean)
     to a perfect score that a replicate covers; ``BDS``: the share of perturbations for which the replicate beats the
-    negative control (ties 1/2).
+    negative control (ties 1/2). Halves share the noise of controls and centroid, so a metric is believable only if the
+    replicate is clearly better than that of another perturbation, too (0.5 % limit).
 
     Parameters
     ----------
@@ -627,7 +679,8 @@ def dynamic_range(
     Returns
     -------
     DataFrame, one row per metric: ``negative``, ``positive``, ``perfect``, ``drf``, ``drf_lower``, ``bds``,
-    ``bds_lower`` (2.5 % bootstrap limits), ``believable`` (both limits above 0 and 0.5), ``n``.
+    ``bds_lower`` (2.5 % bootstrap limits), ``believable`` (both limits above 0 and 0.5, better than another's replicate;
+    never for metrics with one value for the set, which have no limits), ``n``.
 
     Examples
     --------
@@ -668,7 +721,15 @@ def dynamic_range(
                     drf = np.where(neg != best, (neg - pos) / (neg - best), np.nan)
                 record["drf_lower"] = float(np.nanpercentile(drf, 2.5)) if np.isfinite(drf).any() else np.nan
                 record["bds_lower"] = float(np.nanpercentile(won, 2.5))
-                record["believable"] = bool(record["drf_lower"] > 0 and record["bds_lower"] > 0.5)
+                wrong = ceiling.attrs.get("mismatched", {}).get(name, {})
+                kept = np.asarray(rows, dtype=object)[ok]
+                other = np.array([wrong.get(row, np.nan) for row in kept], dtype=float)
+                record["believable"] = bool(
+                    not _too_few(ok)
+                    and record["drf_lower"] > 0
+                    and record["bds_lower"] > 0.5
+                    and not _no_better(v[:, 1], other, kept, sign, None, n_boot, random_state, False)
+                )
         out.append(record)
     columns = ["negative", "positive", "perfect", "drf", "drf_lower", "bds", "bds_lower", "believable", "n"]
     return pd.DataFrame(out, columns=["metric", *columns]).set_index("metric")

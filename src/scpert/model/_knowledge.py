@@ -134,6 +134,10 @@ def _annotations(name: str, table: pd.DataFrame) -> GeneFeatures:
 
 def _net(name: str, table: pd.DataFrame) -> GeneFeatures:
     net = check_net(table, f"knowledge[{name!r}]")
+    if len(net) == 0:
+        raise ScpertError(
+            f"knowledge[{name!r}] has no edge between two different genes: it says nothing. Leave it out or give edges."
+        )
     weight = net[K.WEIGHT].to_numpy()
     code, genes = pd.factorize(np.concatenate([net[K.SOURCE], net[K.TARGET]]).astype(object), sort=True)
     i, j = np.split(code, 2)
