@@ -13,6 +13,7 @@ import scpert
 from scpert.errors import ScpertError, UnknownTargetError
 from scpert.model import KnowledgeGP
 from scpert.model import _gp as gp
+from scpert.model._response import fit_response
 
 
 def table(n=90, genes=40, n_groups=6, signal=1.0, seed=0) -> tuple[ad.AnnData, pd.DataFrame]:
@@ -300,3 +301,29 @@ def test_coexpression_needs_no_table_and_a_fold_has_not_seen_what_it_holds_out(t
     np.testing.assert_allclose(
         KnowledgeGP.load(tmp_path / "m").predict_perturbation(labels)[labels].X, out.X, atol=1e-5
     )
+
+
+def test_without_signal_nearly_all_screens_get_exactly_the_mean():
+    exact = []
+    for seed in range(8):
+        adata, go = table(signal=0.0, seed=seed)
+        model = fit(adata[:60].copy(), knowledge={"go": go})
+        out = model.predict_perturbation(list(adata.obs_names[60:63]))
+        exact.append(np.allclose(out.X, model.effects_.mean, atol=1e-6))
+    assert sum(exact) >= 7
+
+
+def test_response_finds_a_bend_and_leaves_a_straight_line_alone():
+    rng = np.random.default_rng(0)
+    truth = {"straight": lambda x: 0.7 * x, "bent": lambda x: 0.7 * x + 0.25 * x**2 * np.sign(x)}
+    for name, curve in truth.items():
+        predicted = [rng.normal(size=(40, 50)) for _ in range(4)]
+        rest = [curve(x) + 0.3 * rng.normal(size=x.shape) for x in predicted]
+        training = [np.vstack(rest[:i] + rest[i + 1 :]) for i in range(4)]
+        response, apart = fit_response(predicted, rest, [np.zeros(50)] * 4, training)
+        x = np.linspace(-2, 2, 50)[None, :]
+        np.testing.assert_allclose(response(x, np.zeros(50)), curve(x), atol=0.25)
+        assert np.mean([((a - curve(p)) ** 2).mean() for a, p in zip(apart, predicted, strict=True)]) < 0.01, name
+    noise = [rng.normal(size=(40, 50)) for _ in range(4)]
+    response, apart = fit_response(noise, [1.0 * x for x in noise], [np.zeros(50)] * 4, noise)
+    np.testing.assert_allclose(apart[0], noise[0], atol=0.1)

@@ -113,6 +113,9 @@ def test_min_terms_and_propagation_against_networkx(tmp_path):
     out = gene_ontology(path, hierarchy=hierarchy)
     assert pairs(out) == expected
     assert pairs(gene_ontology(path, hierarchy=hierarchy, propagate=False)) == set(rows)
+    for levels in (1, 2):
+        near = {(gene, t) for gene, term in rows for t in nx.ego_graph(graph, term, levels)}
+        assert pairs(gene_ontology(path, hierarchy=hierarchy, levels=levels)) == near
     few = gene_ontology(path, min_terms=5)
     counts = pd.Series([g for g, _ in set(rows)]).value_counts()
     assert set(few["gene"]) == set(counts[counts >= 5].index)

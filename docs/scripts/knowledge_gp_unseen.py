@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import sparse
 
 import scpert
+from scpert import resources
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -38,8 +39,13 @@ def load(name: str) -> tuple[ad.AnnData, dict[str, pd.DataFrame]]:
     if name == "yeast":
         adata = ad.read_h5ad(data / "kemmeren2014_yeast_knockouts_194genes.h5ad")
         adata.var_names = adata.var["symbol"].astype(str)
-        go = read(priors / "go_direct_allev_yeast_2018-11.tsv.gz").rename(columns={"symbol": "gene", "go_id": "term"})
-        knowledge = {"go": go}
+        annotations, isa = priors / "go_direct_allev_yeast_2018-11.tsv.gz", priors / "go_isa_edges_2024-02.tsv.gz"
+        go = resources.gene_ontology(annotations, organism="yeast")
+        knowledge = {
+            "go": go,
+            "go, parents": resources.gene_ontology(annotations, organism="yeast", hierarchy=isa, levels=1),
+            "go, words": resources.term_words(go, priors / "go_terms_2024-02.tsv.gz"),
+        }
     else:
         adata = ad.read_h5ad(data / "replogle2022_k562_up_rank_sigrecon.h5ad")
         go = read(priors / "go_direct_allev_human_2015-07.tsv.gz").rename(columns={"symbol": "gene", "go_id": "term"})

@@ -98,7 +98,8 @@ def fit_response(
     Returns
     -------
     The response learned from all folds, with the spread of the last one (to be replaced by that of all rows), and the expected
-    deviations of each fold's rows, learned from the other folds.
+    deviations of each fold's rows, learned from the other folds (but that the slopes of those, on which the shared weights of the
+    surface rest, have seen it).
     """
     cross = np.stack([(d * y).sum(axis=0) for d, y in zip(predicted, rest, strict=True)])
     square = np.stack([(d**2).sum(axis=0) for d in predicted])

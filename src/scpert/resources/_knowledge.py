@@ -186,6 +186,18 @@ def _read_is_a(hierarchy: str | PathLike | pd.DataFrame) -> tuple[dict[str, set[
     return parents, renamed, where
 
 
+def _above(term: str, parents: dict[str, set[str]], above: dict[str, set[str]], levels: int | None) -> set[str]:
+    """Ancestors of a term, at most ``levels`` steps away."""
+    if levels is None:
+        return above.get(term, set())
+    found: set[str] = set()
+    step = {term}
+    for _ in range(levels):
+        step = {p for t in step for p in parents.get(t, ())} - found
+        found |= step
+    return found
+
+
 def gene_ontology(
     path: str | PathLike | None = None,
     *,
@@ -193,6 +205,7 @@ def gene_ontology(
     format: str | None = None,
     propagate: bool | None = None,
     hierarchy: str | PathLike | pd.DataFrame | None = None,
+    levels: int | None = None,
     domains: Collection[str] | None = None,
     evidence: Collection[str] | None = None,
     exclude_terms: Iterable[str] = (),
@@ -218,6 +231,8 @@ def gene_ontology(
     hierarchy
         ``go-basic.obo``, or a table (or DataFrame) with columns ``child`` and ``parent``. Downloaded if
         ``propagate=True`` and none is given.
+    levels
+        Propagate only so many levels up: 1 adds the parents. ``None``: all ancestors.
     domains
         Of ``BP``, ``MF``, ``CC``: only terms of these.
     evidence
@@ -260,6 +275,8 @@ def gene_ontology(
     ['CBL', 'KLF1']
     """
     check_positive("min_terms", min_terms)
+    if levels is not None:
+        check_positive("levels", levels)
     tax = taxon(organism)
     if path is None:
         if tax not in _GAF_FILES:
@@ -316,7 +333,7 @@ def gene_ontology(
                 "hierarchy of the same ontology?"
             )
         attrs.update(hierarchy=where, terms_not_in_hierarchy=unknown)
-        lists = [[t, *sorted(above.get(renamed.get(t, t), ()))] for t in terms]
+        lists = [[t, *sorted(_above(renamed.get(t, t), parents, above, levels))] for t in terms]
         closure = pd.DataFrame({"term": terms, "all": lists})
         table = table.drop_duplicates().merge(closure, on="term")[["gene", "all"]].explode("all")
         table = table.rename(columns={"all": "term"})
