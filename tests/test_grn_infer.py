@@ -394,6 +394,21 @@ def test_unmeasured_regulators_lose_nothing(screen):
     assert gene not in set(scpert.get.grn_df(adata)["source"])
 
 
+@pytest.mark.parametrize("method", ["ridge", "correlation"])
+def test_methods_over_cells_name_the_regulators_that_they_leave_out(screen, method, caplog):
+    gene = targets(screen)[0]
+    adata = screen[:, [g for g in screen.var_names if g != gene]].copy()
+    with caplog.at_level("WARNING", logger="scpert"):
+        scpert.tl.infer_grn(adata, method=method)
+    assert "left out" in caplog.text and gene in caplog.text
+    assert list(adata.uns["grn"]["unmeasured_regulators"]) == [gene] and not len(adata.uns["grn"]["unmeasured_edges"])
+    with pytest.raises(ScpertError, match="is a measured gene, and this method regresses"):
+        scpert.tl.infer_grn(adata, method=method, regulators=[gene])
+    other = next(g for g in adata.var_names if g not in targets(screen))
+    with pytest.raises(ScpertError, match=f"{other}.* was perturbed singly; these were"):
+        scpert.tl.infer_grn(adata, regulators=[other])
+
+
 def test_tables_and_profiles_without_replicates():
     """Effects of single rows, and log profiles with one control: the spread over perturbations is the error."""
     rng = np.random.default_rng(0)
@@ -481,6 +496,8 @@ def test_bad_arguments(screen):
         scpert.tl.infer_grn(adata, n_edges=5, threshold=1.0)
     with pytest.raises(ScpertError, match="shares no edge"):
         scpert.tl.infer_grn(adata, prior=pd.DataFrame({"source": ["ENSG1"], "target": ["ENSG2"]}))
+    with pytest.raises(ScpertError, match="it has genes such as 'ENSG2', the data"):
+        scpert.tl.infer_grn(adata, prior=pd.DataFrame({"source": targets(adata)[:1], "target": ["ENSG2"]}))
     with pytest.raises(ScpertError, match="fewer than two control cells"):
         adata.obs["donor_of"] = np.where(adata.obs["perturbation"] == "control", "x", "y")
         scpert.tl.infer_grn(adata, covariate_keys="donor_of")
@@ -720,6 +737,8 @@ def test_network_is_read_from_a_trained_gpovae_without_training():
         scpert.tl.infer_grn(adata, method="gpovae", model=model, max_epochs=3)
     GPOVAE.setup_anndata(part := data[:, :20].copy())
     small = GPOVAE(part, **size)
+    with pytest.raises(scpert.errors.NotTrainedError):
+        scpert.tl.infer_grn(adata, method="gpovae", model=small)
     small.train(1)
     with pytest.raises(ScpertError, match="not trained on"):
         scpert.tl.infer_grn(adata, method="gpovae", model=small)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,18 +15,18 @@ from anndata import AnnData
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, listing
+from .._checks import check_choice, check_fraction, check_positive, check_whole, listing, suggest
 from .._progress import progress
 from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot, parse
 from ..data._screen import Screen
-from ..errors import LabelError, ScpertError
+from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..module._factored import FactoredModule
 from ..nn._stats import ExpectedLog1p, nb_log_prob
 from ._base import PerturbationModel, Prediction, Reference
-from ._knowledge import read_knowledge
+from ._knowledge import GeneFeatures, read_knowledge, usable
 
 __all__ = ["CPAVAE", "CRADLEVAE", "GPOVAE", "SAMSVAE"]
 
@@ -63,6 +64,51 @@ def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int 
         pi0 = float(np.clip(1 - p.mean(), 0.02, 0.9999))
         tau2 = float(np.clip((p * flat**2).sum() / max(p.sum(), 1e-9) - 1, 3.0, 1e4))
     return (np.sign(z) * posterior(z)).astype(np.float32), z
+
+
+def matched_effects(screen: Screen, effects: Effects, strata: np.ndarray, mask: np.ndarray) -> Effects:
+    r"""``effects`` with each cell compared with the control cells of its own stratum.
+
+    .. math:: d_p = \sum_s w_{ps} (m_{ps} - m_{cs}), \qquad
+        s_p^2 = \sum_s w_{ps}^2 \left( \frac{v_{ps}}{n_{ps}} + \frac{v_{cs}}{n_{cs}} \right), \qquad w_{ps} = n_{ps} / n_p
+
+    for the strata :math:`s` with two control cells or more; the variance :math:`v_{ps}` is pooled over the strata.
+
+    Parameters
+    ----------
+    screen, mask
+        Cells, and which of them count, boolean ``(cell,)``.
+    effects
+        Effects of the same cells without strata.
+    strata
+        Stratum of each cell, codes ``(cell,)``.
+    """
+    labels = np.concatenate([[effects.control], effects.labels.astype(str)])
+    n_strata = int(strata.max()) + 1
+    code = pd.Index(labels).get_indexer(pd.Index(screen.labels.astype(str))) * n_strata + strata
+    size = np.bincount(code[mask], minlength=len(labels) * n_strata).reshape(len(labels), n_strata)
+    moments = screen.moments(code, mask=mask & (size[0] > 1)[strata])
+    row = {int(g): i for i, g in enumerate(moments.groups)}
+    delta, error, n_cells = (
+        np.zeros_like(effects.delta),
+        np.full_like(effects.std_error, np.nan),
+        np.zeros(len(labels) - 1),
+    )
+    for p in range(1, len(labels)):
+        present = np.flatnonzero((size[p] > 0) & (size[0] > 1))
+        if len(present) == 0:
+            continue
+        own, control = ([row[k * n_strata + int(s)] for s in present] for k in (p, 0))
+        n = moments.n[own]
+        weight, many = (n / n.sum())[:, None], n > 1
+        delta[p - 1] = (weight * (moments.mean[own] - moments.mean[control])).sum(axis=0)
+        n_cells[p - 1] = n.sum()
+        if many.any():
+            freedom = (n[many] - 1)[:, None]
+            pooled = (freedom * moments.var[np.asarray(own)[many]]).sum(axis=0) / freedom.sum()
+            controls = (weight**2 * moments.var[control] / moments.n[control][:, None]).sum(axis=0)
+            error[p - 1] = np.sqrt(pooled / n.sum() + controls)
+    return replace(effects, delta=delta, std_error=error, n_cells=n_cells)
 
 
 def knowledge_share(deviation: np.ndarray, mean: np.ndarray, measured: np.ndarray) -> float:
@@ -133,8 +179,6 @@ class _Factored(PerturbationModel):
     spread_: np.ndarray
 
     def _build(self, options: dict[str, Any], **module: Any) -> None:
-        check_positive("n_latent", options["n_latent"])
-        check_positive("n_hidden", options["n_hidden"])
         gene = {g: i for i, g in enumerate(self.genes_)}
         self._target_gene = np.array([gene.get(t, -1) for t in self.targets_])
         settings = {
@@ -158,14 +202,25 @@ class _Factored(PerturbationModel):
             **module,
             "use_quality": self._preset.get("use_quality", False) and self.setup_args_["quality_key"] is not None,
         }
+        basal = options.get("n_hidden_basal")
+        sizes = {"n_latent": options["n_latent"], "n_hidden": options["n_hidden"]}
+        sizes["n_hidden_basal"] = options["n_hidden"] if basal is None else basal
+        sizes = {name: check_whole(name, size) for name, size in sizes.items()}
+        settings["n_particles"] = check_whole("n_particles", settings["n_particles"])
+        if check_positive("n_hops", settings["n_hops"], zero=True) != int(settings["n_hops"]):
+            raise ScpertError(f"n_hops={settings['n_hops']!r}: give a whole number, 0 or above.")
+        settings["n_hops"] = int(settings["n_hops"])
+        check_positive("effect_scale", settings["effect_scale"])
+        if check_fraction("mask_prior", settings["mask_prior"]) in (0, 1):
+            raise ScpertError(
+                f"mask_prior={settings['mask_prior']!r}: give a probability between 0 and 1, neither of them."
+            )
         with self._seeded(options["random_state"]):
             self.module = FactoredModule(
                 self.n_genes,
                 len(self.targets_),
                 target_gene=self._target_gene,
-                n_latent=int(options["n_latent"]),
-                n_hidden=int(options["n_hidden"]),
-                n_hidden_basal=int(options.get("n_hidden_basal") or options["n_hidden"]),
+                **sizes,
                 n_covariates=tuple(len(c) for c in self.covariates_.values()),
                 open_panel=self.setup_args_["library_size_key"] is not None,
                 **settings,
@@ -180,14 +235,44 @@ class _Factored(PerturbationModel):
 
     # ------------------------------------------------------------------------------------------ training
 
+    def _strata(self) -> np.ndarray:
+        """Stratum of the covariates of each cell, codes ``(cell,)``."""
+        codes = covariate_codes(self._screen.adata, self.covariates_)
+        return (
+            np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+            if codes.shape[1]
+            else np.zeros(len(codes), int)
+        )
+
+    def _learn_reference(self, random_state: int = 0) -> None:
+        """Effects within the strata of the covariates, where there are any."""
+        super()._learn_reference(random_state)
+        if not self.covariates_:
+            return
+        screen, mask, strata = self._screen, self._train_mask(), self._strata()
+        controls = np.bincount(strata[mask & screen.is_control], minlength=int(strata.max()) + 1)
+        lost = mask & ~screen.is_control & (controls < 2)[strata]
+        if lost.any():
+            table = screen.adata.obs.loc[lost, list(self.covariates_)].astype(str)
+            names = table.agg(" / ".join, axis=1).unique()
+            raise ScpertError(
+                f"{len(names)} stratum/strata of covariate_keys have perturbed training cells but fewer than two control "
+                f"cells: {listing(names, 5)}. Drop these cells, merge strata, or leave the covariate out."
+            )
+        self.effects_ = matched_effects(screen, self.effects_, strata, mask)
+
     def _before_training(self, random_state: int) -> None:
         """Start where the training cells are: mean rates, dispersions and shrunken effects."""
         module, screen, mask = self.module, self._screen, self._train_mask()
         module.cpu()
         names, codes = np.unique(screen.labels.astype(str), return_inverse=True)
         codes = codes.reshape(-1)
-        n_groups = len(names)
-        rate, total, square = (np.zeros((n_groups, self.n_genes)) for _ in range(3))
+        strata = self._strata()
+        in_control = mask & screen.is_control
+        n_strata = int(strata.max()) + 1
+        codes = np.where(screen.is_control, len(names) + strata, codes)  # controls by stratum, behind the perturbations
+        n_groups = len(names) + n_strata
+        rate, square = (np.zeros((n_groups, self.n_genes)) for _ in range(2))
         raw = np.zeros((2, self.n_genes))
         exposure, n = np.zeros(n_groups), 0
         size = screen.library_size
@@ -200,7 +285,6 @@ class _Factored(PerturbationModel):
             rate += (member @ block).toarray()
             exposure += np.bincount(group, library, minlength=n_groups)
             square += (member @ block.power(2)).toarray()
-            total += (member @ sparse.diags_array(library).tocsr() @ block).toarray()
             entered = block if module.published else sparse.diags_array(K.TARGET_SUM / library).tocsr() @ block
             entered = sparse.csr_matrix(entered).log1p()
             raw[0] += np.asarray(entered.sum(axis=0)).ravel()
@@ -216,6 +300,9 @@ class _Factored(PerturbationModel):
         module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ effects.n_cells, 1.0)))
 
         control = int(np.flatnonzero(names == self.control_)[0])
+        by_stratum = slice(len(names), None)
+        for sums in (rate, exposure, square):
+            sums[control] = sums[by_stratum].sum(axis=0)
         prior = 0.5 * K.TARGET_SUM / np.maximum(exposure, 1.0)  # half a count a group
         per_10k = rate / np.maximum(exposure, 1.0)[:, None] * K.TARGET_SUM
         log_rate = np.log(per_10k + prior[:, None])
@@ -227,7 +314,6 @@ class _Factored(PerturbationModel):
             module.rest_logit.data.fill_(float(np.log(np.clip(rest, 1e-4, 1.0))))
         # method of moments on control cells: E[x^2 - x] = (1 + 1/theta) rho^2 E[l^2]
         rho = per_10k[control] / K.TARGET_SUM
-        in_control = mask & screen.is_control
         l2 = float((size[in_control] ** 2).sum())
         excess = (square[control] - rate[control]) / np.maximum(rho**2 * l2, 1e-12) - 1.0
         theta = 1.0 / np.clip(excess, 1e-2, 1e2)
@@ -237,13 +323,20 @@ class _Factored(PerturbationModel):
             evidence, _ = signed_evidence(effects.delta, effects.std_error)
             row = {label: i for i, label in enumerate(effects.labels)}
             group_of = {label: i for i, label in enumerate(names)}
+            # what the controls of the same strata would have: for each label the mean of their rates by its cells
+            share = np.zeros((len(names), n_strata))
+            perturbed = mask & ~screen.is_control
+            np.add.at(share, (codes[perturbed], strata[perturbed]), 1.0)
+            share /= np.maximum(share.sum(axis=1, keepdims=True), 1.0)
             signed = np.zeros((len(self.targets_), self.n_genes), dtype=np.float32)
             weight = np.zeros_like(signed)
             log_fold = np.zeros_like(signed)
             for t, target in enumerate(self.targets_):
                 if target in row:
                     signed[t] = evidence[row[target]]
-                    log_fold[t] = np.clip(log_rate[group_of[target]] - base, -4, 4)
+                    i = group_of[target]
+                    expected = np.log(share[i] @ per_10k[by_stratum] + prior[control])
+                    log_fold[t] = np.clip(log_rate[i] - expected, -4, 4)
                     weight[t] = np.isfinite(effects.std_error[row[target]])
                     if self._target_gene[t] >= 0:
                         weight[t, self._target_gene[t]] = 0.0  # the perturbation itself is no edge
@@ -297,6 +390,8 @@ class _Factored(PerturbationModel):
         if not (mask & self._screen.is_control).any() or not (mask & ~self._screen.is_control).any():
             return 1.0, 0.0
         held = Effects.from_screen(self._screen, mask)
+        if self.covariates_:
+            held = matched_effects(self._screen, held, self._strata(), mask)
         mine = [self.effects_.row[label] for label in held.labels if label in self.effects_.row]
         theirs = [i for i, label in enumerate(held.labels) if label in self.effects_.row]
         noise = held.std_error[theirs].astype(np.float64) ** 2
@@ -731,7 +826,6 @@ class SAMSVAE(_Factored):
         random_state: int = 0,
     ):
         super().__init__(adata, registry)
-        check_fraction("mask_prior", mask_prior)
         self._build(
             self._remember(locals()), mask_prior=mask_prior, correlated_guide=correlated_guide, n_particles=n_particles
         )
@@ -781,7 +875,6 @@ class CRADLEVAE(_Factored):
         random_state: int = 0,
     ):
         super().__init__(adata, registry)
-        check_fraction("mask_prior", mask_prior)
         self._build(
             self._remember(locals()),
             mask_prior=mask_prior,
@@ -907,9 +1000,7 @@ class GPOVAE(_Factored):
         self._features = read_knowledge(knowledge)
         if self._features:
             self.scope = "unseen"
-        check_fraction("mask_prior", mask_prior)
         for name, value in (
-            ("n_hops", n_hops),
             ("grn_weight", grn_weight),
             ("sparsity_weight", sparsity_weight),
             ("counterfactual_weight", counterfactual_weight),
@@ -979,8 +1070,14 @@ class GPOVAE(_Factored):
 
     # ------------------------------------------------------------------------------------------ prior knowledge
 
+    @cached_property
+    def _used(self) -> dict[str, GeneFeatures]:
+        """Tables of knowledge that know something of the training targets."""
+        return usable(self._features, sorted(self.effects_.singles), type(self).__name__)
+
     def _graph_targets(self) -> frozenset[str]:
-        return frozenset().union(*(f.known for f in self._features.values())) if self._features else frozenset()
+        tables = self._used if self._features and self.effects_ else self._features
+        return frozenset().union(*(f.known for f in tables.values()))
 
     def _covers(self, target: str) -> bool:
         return target in self._graph_targets()
@@ -1034,10 +1131,12 @@ class GPOVAE(_Factored):
     def _fit_rows(self, singles: list[str], rows: np.ndarray) -> Any:
         from ._gp import KnowledgeGP
 
+        tables = self._options["knowledge"]
+        tables = {"knowledge": tables} if isinstance(tables, pd.DataFrame) else tables
         table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
         table.var_names = self.genes_
         KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
-        process = KnowledgeGP(table, knowledge=self._options["knowledge"])
+        process = KnowledgeGP(table, knowledge={k: v for k, v in tables.items() if k in self._used})
         process.train()
         return process
 
@@ -1065,7 +1164,14 @@ class GPOVAE(_Factored):
             raise LabelError(f"{perturbation!r} is the control: it has no effect to explain.")
         missing = [t for t in targets if t not in self._trained_targets]
         if missing:
-            raise self._refuse(perturbation, targets)
+            hints = [hint for t in missing for hint in suggest(t, self._trained_targets, n=1)]
+            raise UnknownTargetError(
+                f"{perturbation!r}: the model was not trained on {listing(missing)}, so its network has no edges of it. "
+                + (f"Did you mean {listing(hints)}? " if hints else "")
+                + f"Name targets such as {listing(sorted(self._trained_targets), 4)}.",
+                tuple(missing),
+                {t: suggest(t, self._trained_targets) for t in missing},
+            )
         m = self.module
         with torch.inference_mode():
             A = m.adjacency().cpu().numpy()
@@ -1098,8 +1204,12 @@ class GPOVAE(_Factored):
             logger.info("no matched_control_key: controls of the same covariates are drawn at random as partners")
         if self._screen.adata.n_obs < 2:
             raise ScpertError("Training needs more than one cell.")
-        self.__dict__.pop("_rows_from_knowledge", None)
+        for name in ("_rows_from_knowledge", "_used", "_known"):
+            self.__dict__.pop(name, None)
         super().train(max_epochs, **kwargs)
+        if self._features:
+            self.__dict__.pop("_known", None)
+            self._graph_targets()  # warns of tables that know nothing
 
 
 GPOVAE.train.__doc__ = PerturbationModel.train.__doc__

@@ -456,6 +456,7 @@ def gpovae(problem: Problem) -> Scores:
         )
     if trained is None:
         trained = _train_gpovae(problem, options, max_epochs)
+    trained._check_trained()
     position = problem.position
     rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
     columns = pd.Index(trained.genes_).get_indexer(pd.Index(problem.genes))
