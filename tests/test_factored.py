@@ -359,6 +359,34 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
     np.testing.assert_allclose(out.X, np.tile(mean, (2, 1)), rtol=1e-4, atol=1e-5)
 
 
+def test_knowledge_is_judged_beside_the_mean_that_it_would_replace(monkeypatch):
+    """The mean effect is that of all perturbations: that of the singles alone is easier to beat where doubles are strong."""
+    import scpert.model._factored as module
+
+    adata = scpert.datasets.simulated(n_cells=1500, n_genes=40, n_targets=10, n_combinations=12, random_state=3)
+    GPOVAE.setup_anndata(adata)
+    model = GPOVAE(adata, n_latent=3, n_hidden=8, knowledge={"truth": adata.uns["truth"]["annotations"]})
+    model.train(max_epochs=1)
+    seen = {}
+
+    def share(deviation, mean, measured):
+        seen.update(mean=mean, measured=measured)
+        return 0.0
+
+    monkeypatch.setattr(module, "knowledge_share", share)
+    assert model._rows_from_knowledge[2] == 0
+    effects = model.effects_
+    singles = [t for t in model.targets_ if t in effects.singles]
+    assert len(singles) < len(effects.labels)
+    for fold in np.array_split(np.random.default_rng(0).permutation(len(singles)), 5):
+        left = {singles[i] for i in fold}
+        rest = [i for i, label in enumerate(effects.labels) if not left & set(label.split("+"))]
+        assert any("+" in effects.labels[i] for i in rest)
+        np.testing.assert_allclose(
+            seen["mean"][fold], np.tile(effects.delta[rest].mean(axis=0), (len(fold), 1)), rtol=1e-5
+        )
+
+
 def test_knowledge_of_other_genes_covers_nothing(caplog):
     """A table that knows no training target says nothing of any other: one warning, and its genes are refused."""
     adata = scpert.datasets.simulated(n_cells=600, n_genes=40, n_targets=10, n_combinations=0, random_state=1)

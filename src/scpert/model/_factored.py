@@ -1098,7 +1098,8 @@ class GPOVAE(_Factored):
         """Mean row of mask x effect of the training targets, :class:`KnowledgeGP` on these rows, and its share.
 
         The share comes from cross-fitting: the rows of a fifth of the training targets are predicted from the others,
-        kernels and all, decoded, and compared with the measured effects.
+        kernels and all, decoded, and compared with the measured effects, beside the mean of all perturbations without
+        these targets: what such a target is given where knowledge says nothing.
         """
         singles = [t for t in self.targets_ if t in self.effects_.singles]
         position = {t: i for i, t in enumerate(self.targets_)}
@@ -1120,7 +1121,10 @@ class GPOVAE(_Factored):
             decoded = self._decode_rows(
                 np.vstack([start, _rows_of(process, [singles[i] for i in fold])]), self.reference_
             )
-            deviation[fold], mean[fold] = decoded[1:] - decoded[0], measured[rest].mean(axis=0)
+            # the mean that would be given without knowledge: of all perturbations, combinations too
+            held = {singles[i] for i in fold}
+            others = [i for i, targets in enumerate(self.effects_.targets) if not held & set(targets)]
+            deviation[fold], mean[fold] = decoded[1:] - decoded[0], self.effects_.delta[others].mean(axis=0)
         share = knowledge_share(deviation, mean, measured)
         if share == 0:
             logger.info(
