@@ -523,6 +523,22 @@ def test_gpovae_refuses_what_it_cannot_use(screen):
         scpert.tl.infer_grn(logs, method="gpovae", scale="log1p")
 
 
+def test_scaled_cells_are_not_taken_for_a_table_of_effects(screen):
+    scaled = log1p_screen()
+    scaled.X = (scaled.X - scaled.X.mean(axis=0)) / np.maximum(scaled.X.std(axis=0), 1e-6)
+    with pytest.raises(scpert.errors.ScaleError, match="control rows are not zero: scaled or corrected cells"):
+        scpert.tl.infer_grn(scaled)
+    scpert.tl.infer_grn(scaled, scale="effects")
+    assert "grn" in scaled.varp
+
+
+def test_gpovae_trains_on_a_backed_screen(screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    scpert.tl.infer_grn(backed, method="gpovae", max_epochs=1, threshold=0, n_latent=2, n_hidden=4)
+    assert backed.isbacked and backed.varp["grn"].nnz
+
+
 def test_natural_calls_on_knock_outs_agree(caplog):
     """A table of one row a knock-out: raw with its wild type, less it, standardised, or alone, the same ranking."""
     rng = np.random.default_rng(0)

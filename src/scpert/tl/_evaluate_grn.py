@@ -501,7 +501,7 @@ def _random_row(judge: Judge, size: int, n: int, rng: np.random.Generator) -> di
         "network": "random",
         "k": size,
         **mean,
-        "auprc": float(base),
+        "auprc": float(base) if base > 0 else np.nan,
         "early_precision_ratio": 1.0 if base > 0 else np.nan,
     }
 

@@ -487,7 +487,7 @@ def _train_gpovae(problem: Problem, options: dict[str, Any], max_epochs: int | N
     from ..model import GPOVAE
 
     screen = problem.screen
-    data = screen.adata.copy()
+    data = screen.adata.to_memory()  # a copy, backed or not
     GPOVAE.setup_anndata(
         data,
         perturbation_key=screen.perturbation_key,
