@@ -516,7 +516,7 @@ def test_bad_arguments(screen):
 
 
 def test_gpovae_refuses_what_it_cannot_use(screen):
-    with pytest.raises(ScpertError, match="max_epochs, direct and those of GPOVAE: n_latent"):
+    with pytest.raises(ScpertError, match="max_epochs, direct, carriers and those of GPOVAE: n_latent"):
         scpert.tl.infer_grn(screen, method="gpovae", max_epoch=1)
     logs = log1p_screen()
     with pytest.raises(scpert.errors.ScaleError, match="layer of raw counts"):
