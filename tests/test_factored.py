@@ -12,7 +12,8 @@ import scpert
 from scpert.data._effects import Effects
 from scpert.errors import ScpertError
 from scpert.model import CPAVAE, CRADLEVAE, GPOVAE, SAMSVAE
-from scpert.model._factored import knowledge_share, matched_effects, signed_evidence
+from scpert.model._factored import matched_effects, signed_evidence
+from scpert.model._gpovae import knowledge_share
 from scpert.nn._layers import SplitLinear
 from scpert.nn._stats import (
     ExpectedLog1p,
@@ -361,7 +362,7 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
 
 def test_knowledge_is_judged_beside_the_mean_that_it_would_replace(monkeypatch):
     """The mean effect is that of all perturbations: that of the singles alone is easier to beat where doubles are strong."""
-    import scpert.model._factored as module
+    import scpert.model._gpovae as module
 
     adata = scpert.datasets.simulated(n_cells=1500, n_genes=40, n_targets=10, n_combinations=12, random_state=3)
     GPOVAE.setup_anndata(adata)
