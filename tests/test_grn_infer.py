@@ -705,7 +705,8 @@ def test_gpovae_reads_measured_and_decoded_effects_together(monkeypatch):
     options = {"method": "gpovae", "threshold": 0, "max_epochs": 1, "n_latent": 4, "n_hidden": 8}
 
     def measured(trained, problem, columns, error):
-        return _grn_methods.total_effects(problem).shift
+        found = _grn_methods.total_effects(problem, carriers=True)
+        return found.shift * found.share[:, None]  # of all cells, carriers or not
 
     monkeypatch.setattr(_grn_methods, "_decoded_effects", measured)
     scpert.tl.infer_grn(adata, **options)
