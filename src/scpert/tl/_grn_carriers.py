@@ -62,7 +62,9 @@ def carrier_weights(
         square += np.asarray(own[control].power(2).sum(axis=0)).ravel()
     np.add.at(exposure, strata[screen.is_control], size[screen.is_control])
     size2 = np.bincount(strata[screen.is_control], size[screen.is_control] ** 2, minlength=n_strata)
-    rate = np.where(exposure[:, None] > 0, total / np.maximum(exposure, 1.0)[:, None], total.sum(0) / exposure.sum())
+    pooled = np.maximum(total.sum(axis=0), 0.5) / exposure.sum()
+    # a stratum with few controls is drawn to all of them with the weight of one count
+    rate = (total + 1.0) / (exposure[:, None] + 1.0 / pooled) if n_strata > 1 else pooled[None, :]
     power = (rate**2 * size2[:, None]).sum(axis=0)
     excess = square - 2 * (rate * cross).sum(axis=0) + power - (rate * exposure[:, None]).sum(axis=0)
     theta = 1.0 / np.clip(excess / np.maximum(power, 1e-12), 1 / _THETA[1], 1 / _THETA[0])
