@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
+from scipy import sparse, stats
 
 import scpert
+from scpert.data._effects import Effects
 from scpert.errors import ScpertError
 from scpert.model import CPAVAE, CRADLEVAE, GPOVAE, SAMSVAE
-from scpert.model._factored import knowledge_share, signed_evidence
+from scpert.model._factored import matched_effects, signed_evidence
+from scpert.model._gpovae import knowledge_share
 from scpert.nn._layers import SplitLinear
 from scpert.nn._stats import (
     ExpectedLog1p,
@@ -187,6 +189,74 @@ def test_unknown_options_and_wrong_numbers(small_screen):
         GPOVAE(small_screen, n_hops=-1)
     with pytest.raises(TypeError):
         GPOVAE(small_screen, n_latents=3)
+    with pytest.raises(ScpertError, match="mask_prior=0: give a probability"):
+        GPOVAE(small_screen, mask_prior=0)
+    wrong = {"n_hops": 1.5, "n_hidden": 8.5, "n_latent": 0, "n_hidden_basal": 0, "n_particles": 0, "effect_scale": 0}
+    for name, value in wrong.items():
+        with pytest.raises(ScpertError, match=f"{name}={value}"):
+            GPOVAE(small_screen, **{name: value})
+    assert GPOVAE(small_screen, n_latent=3, n_hidden=8, n_hops=0).module.n_hops == 0
+
+
+def confounded(seed: int = 0):
+    """A screen in two batches that differ in half of the genes; half of the perturbations are mostly in one of them."""
+    adata = scpert.datasets.simulated(
+        n_genes=60, n_targets=8, n_combinations=0, cells_per_perturbation=80, random_state=seed
+    )
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    rng = np.random.default_rng(seed)
+    share = {t: 0.9 if i < 4 else 0.1 for i, t in enumerate(sorted(set(labels) - {"control"}))}
+    second = rng.random(adata.n_obs) < np.array([share.get(x, 0.5) for x in labels])
+    counts = adata.X.toarray().astype(int)
+    counts[second] = rng.binomial(counts[second], np.where(np.arange(adata.n_vars) < 30, 1.0, 0.4))
+    adata.X = sparse.csr_matrix(counts.astype(np.float32))
+    adata.obs["batch"] = np.where(second, "b2", "b1")
+    return adata
+
+
+def test_evidence_compares_cells_within_the_strata_of_the_covariates():
+    """A batch effect that is confounded with perturbations is no edge where the batch is a covariate."""
+    adata = confounded()
+    truth = adata.uns["truth"]["effects"]
+    real = set(zip(truth["source"], truth["target"], strict=True))
+    false = []
+    for keys in (None, "batch"):
+        GPOVAE.setup_anndata(adata, covariate_keys=keys)
+        model = GPOVAE(adata, n_latent=4, n_hidden=16)
+        model.train(max_epochs=10)
+        net = model.get_grn()
+        false.append(sum(pair not in real for pair in zip(net["source"], net["target"], strict=True)))
+    assert false[1] < 0.2 * false[0]
+    within = scpert.tl.perturbation_effects(adata, covariate_keys="batch")[list(model.effects_.labels)]
+    np.testing.assert_allclose(model.effects_.delta, within.X, atol=1e-5)
+    np.testing.assert_allclose(model.effects_.std_error, within.layers["std_error"], rtol=1e-4)
+
+
+def test_a_stratum_without_controls_is_refused():
+    adata = confounded()
+    first = sorted(set(adata.obs["perturbation"]) - {"control"})[0]
+    adata.obs["donor"] = np.where(adata.obs["perturbation"] == first, "d2", "d1")
+    GPOVAE.setup_anndata(adata, covariate_keys="donor")
+    with pytest.raises(ScpertError, match="fewer than two control cells: 'd2'"):
+        GPOVAE(adata, n_latent=3, n_hidden=8).train(max_epochs=1)
+
+
+def test_effects_within_strata_where_validation_cells_are_few():
+    """Strata without two controls are left out, and a perturbation only there has no standard error."""
+    adata = confounded()
+    screen = scpert.data.Screen(adata)
+    strata = (adata.obs["batch"] == "b2").to_numpy().astype(int)
+    lost = sorted(set(adata.obs["perturbation"]) - {"control"})[0]
+    mask = ~(screen.is_control & (strata == 1)) & ~((screen.labels == lost) & (strata == 0))
+    pooled = Effects.from_screen(screen, mask)
+    found = matched_effects(screen, pooled, strata, mask)
+    alone = Effects.from_screen(screen, mask & (strata == 0))
+    rows = [i for i, x in enumerate(pooled.labels) if x != lost]
+    assert list(alone.labels) == list(pooled.labels[rows])
+    np.testing.assert_allclose(found.delta[rows], alone.delta, atol=1e-6)
+    np.testing.assert_allclose(found.std_error[rows], alone.std_error, rtol=1e-5)
+    missing = list(pooled.labels).index(lost)
+    assert np.isnan(found.std_error[missing]).all() and not found.delta[missing].any()
 
 
 def test_gpovae_recovers_effects_and_beats_few_noisy_cells():
@@ -253,8 +323,11 @@ def test_explain_and_iwelbo(small_screen):
     assert set(paths.loc[paths["hop"] == 0, "source"]) <= set(label.split("+"))
     few, many = (model.get_iwelbo(split="test", n_samples=n) for n in (1, 50))
     assert few < many < 0  # the bound tightens with the number of draws
-    with pytest.raises(scpert.errors.UnknownTargetError):
+    with pytest.raises(
+        scpert.errors.UnknownTargetError, match="not trained on 'NOSUCHGENE'.*Name targets such as"
+    ) as caught:
         model.explain("NOSUCHGENE")
+    assert "on_unknown" not in str(caught.value)  # which explain() does not have
     with pytest.raises(scpert.errors.LabelError, match="is the control"):
         model.explain("control")
 
@@ -285,6 +358,49 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
     assert "no better than the mean" in caplog.text
     mean = np.maximum(model.reference_.mean + model.effects_.mean, 0)
     np.testing.assert_allclose(out.X, np.tile(mean, (2, 1)), rtol=1e-4, atol=1e-5)
+
+
+def test_knowledge_is_judged_beside_the_mean_that_it_would_replace(monkeypatch):
+    """The mean effect is that of all perturbations: that of the singles alone is easier to beat where doubles are strong."""
+    import scpert.model._gpovae as module
+
+    adata = scpert.datasets.simulated(n_cells=1500, n_genes=40, n_targets=10, n_combinations=12, random_state=3)
+    GPOVAE.setup_anndata(adata)
+    model = GPOVAE(adata, n_latent=3, n_hidden=8, knowledge={"truth": adata.uns["truth"]["annotations"]})
+    model.train(max_epochs=1)
+    seen = {}
+
+    def share(deviation, mean, measured):
+        seen.update(mean=mean, measured=measured)
+        return 0.0
+
+    monkeypatch.setattr(module, "knowledge_share", share)
+    assert model._rows_from_knowledge[2] == 0
+    effects = model.effects_
+    singles = [t for t in model.targets_ if t in effects.singles]
+    assert len(singles) < len(effects.labels)
+    for fold in np.array_split(np.random.default_rng(0).permutation(len(singles)), 5):
+        left = {singles[i] for i in fold}
+        rest = [i for i, label in enumerate(effects.labels) if not left & set(label.split("+"))]
+        assert any("+" in effects.labels[i] for i in rest)
+        np.testing.assert_allclose(
+            seen["mean"][fold], np.tile(effects.delta[rest].mean(axis=0), (len(fold), 1)), rtol=1e-5
+        )
+
+
+def test_knowledge_of_other_genes_covers_nothing(caplog):
+    """A table that knows no training target says nothing of any other: one warning, and its genes are refused."""
+    adata = scpert.datasets.simulated(n_cells=600, n_genes=40, n_targets=10, n_combinations=0, random_state=1)
+    GPOVAE.setup_anndata(adata)
+    strange = pd.DataFrame({"source": ["X1", "X2"], "target": ["Y1", "Y2"]})
+    model = GPOVAE(adata, n_latent=3, n_hidden=8, knowledge={"other": strange})
+    assert bool(model.coverage("X1")["predictable"].iloc[0])  # before training nothing speaks against it
+    with caplog.at_level("WARNING", logger="scpert"):
+        model.train(max_epochs=1)
+        with pytest.raises(scpert.errors.UnknownTargetError, match="does not know 'X1'"):
+            model.predict_perturbation("X1")
+    assert caplog.text.count("it is ignored") == 1
+    assert not bool(model.coverage("X1")["predictable"].iloc[0])
 
 
 @pytest.mark.parametrize("name", ["k562", "rpe1", "adamson"])

@@ -129,6 +129,16 @@ def test_refuses_the_cells_it_was_inferred_from(halves):
         scpert.tl.evaluate_grn(train)
     with pytest.raises(ScpertError, match="judged on what it has seen"):
         scpert.tl.evaluate_grn(train, observed=train[:100].copy())
+    with pytest.raises(ScpertError, match="by their names"):  # another data set that counts its cells from 0
+        other = test.copy()
+        other.obs_names = train.obs_names[: other.n_obs]
+        scpert.tl.evaluate_grn(train, observed=other)
+    for k, message in (((), "k= is empty"), ((2.5,), "k=2.5"), (0, "k=0:")):
+        with pytest.raises(ScpertError, match=message):
+            scpert.tl.evaluate_grn(train, observed=test, k=k)
+    controls = test[test.obs["perturbation"] == "control"].copy()
+    with pytest.raises(ScpertError, match="it has controls only"):
+        scpert.tl.evaluate_grn(train, observed=controls)
     with pytest.raises(MissingKeyError, match="no network 'other'"):
         scpert.tl.evaluate_grn(train, key="other", observed=test)
     with pytest.raises(ScpertError, match="none of the genes"):
@@ -139,6 +149,16 @@ def test_refuses_the_cells_it_was_inferred_from(halves):
         scpert.tl.evaluate_grn(train, reference=pd.DataFrame({"source": ["X"], "target": ["Y"]}))
     told = scpert.tl.evaluate_grn(train, allow_same_cells=True, k=(10,), n_permutations=2)
     assert told["precision"].notna().any()
+
+
+def test_evaluation_overwrites_nothing_and_says_nothing_of_it(halves, caplog):
+    train = halves[0].copy()
+    scpert.tl.infer_grn(train)
+    before = train.varp["grn"].copy()
+    with caplog.at_level("WARNING", logger="scpert"):
+        table = scpert.tl.evaluate_grn(train, observed=halves[1], k=(20,), n_permutations=2)
+    assert "overwritten" not in caplog.text and (before != train.varp["grn"]).nnz == 0
+    assert "correlation" in set(table["network"])
 
 
 def test_held_out_by_split(halves):

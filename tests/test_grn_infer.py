@@ -394,6 +394,21 @@ def test_unmeasured_regulators_lose_nothing(screen):
     assert gene not in set(scpert.get.grn_df(adata)["source"])
 
 
+@pytest.mark.parametrize("method", ["ridge", "correlation"])
+def test_methods_over_cells_name_the_regulators_that_they_leave_out(screen, method, caplog):
+    gene = targets(screen)[0]
+    adata = screen[:, [g for g in screen.var_names if g != gene]].copy()
+    with caplog.at_level("WARNING", logger="scpert"):
+        scpert.tl.infer_grn(adata, method=method)
+    assert "left out" in caplog.text and gene in caplog.text
+    assert list(adata.uns["grn"]["unmeasured_regulators"]) == [gene] and not len(adata.uns["grn"]["unmeasured_edges"])
+    with pytest.raises(ScpertError, match="is a measured gene, and this method regresses"):
+        scpert.tl.infer_grn(adata, method=method, regulators=[gene])
+    other = next(g for g in adata.var_names if g not in targets(screen))
+    with pytest.raises(ScpertError, match=f"{other}.* was perturbed singly; these were"):
+        scpert.tl.infer_grn(adata, regulators=[other])
+
+
 def test_tables_and_profiles_without_replicates():
     """Effects of single rows, and log profiles with one control: the spread over perturbations is the error."""
     rng = np.random.default_rng(0)
@@ -481,6 +496,8 @@ def test_bad_arguments(screen):
         scpert.tl.infer_grn(adata, n_edges=5, threshold=1.0)
     with pytest.raises(ScpertError, match="shares no edge"):
         scpert.tl.infer_grn(adata, prior=pd.DataFrame({"source": ["ENSG1"], "target": ["ENSG2"]}))
+    with pytest.raises(ScpertError, match="it has genes such as 'ENSG2', the data"):
+        scpert.tl.infer_grn(adata, prior=pd.DataFrame({"source": targets(adata)[:1], "target": ["ENSG2"]}))
     with pytest.raises(ScpertError, match="fewer than two control cells"):
         adata.obs["donor_of"] = np.where(adata.obs["perturbation"] == "control", "x", "y")
         scpert.tl.infer_grn(adata, covariate_keys="donor_of")
@@ -499,11 +516,27 @@ def test_bad_arguments(screen):
 
 
 def test_gpovae_refuses_what_it_cannot_use(screen):
-    with pytest.raises(ScpertError, match="max_epochs, direct and those of GPOVAE: n_latent"):
+    with pytest.raises(ScpertError, match="max_epochs, direct, carriers and those of GPOVAE: n_latent"):
         scpert.tl.infer_grn(screen, method="gpovae", max_epoch=1)
     logs = log1p_screen()
     with pytest.raises(scpert.errors.ScaleError, match="layer of raw counts"):
         scpert.tl.infer_grn(logs, method="gpovae", scale="log1p")
+
+
+def test_scaled_cells_are_not_taken_for_a_table_of_effects(screen):
+    scaled = log1p_screen()
+    scaled.X = (scaled.X - scaled.X.mean(axis=0)) / np.maximum(scaled.X.std(axis=0), 1e-6)
+    with pytest.raises(scpert.errors.ScaleError, match="control rows are not zero: scaled or corrected cells"):
+        scpert.tl.infer_grn(scaled)
+    scpert.tl.infer_grn(scaled, scale="effects")
+    assert "grn" in scaled.varp
+
+
+def test_gpovae_trains_on_a_backed_screen(screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    scpert.tl.infer_grn(backed, method="gpovae", max_epochs=1, threshold=0, n_latent=2, n_hidden=4)
+    assert backed.isbacked and backed.varp["grn"].nnz
 
 
 def test_natural_calls_on_knock_outs_agree(caplog):
@@ -672,7 +705,8 @@ def test_gpovae_reads_measured_and_decoded_effects_together(monkeypatch):
     options = {"method": "gpovae", "threshold": 0, "max_epochs": 1, "n_latent": 4, "n_hidden": 8}
 
     def measured(trained, problem, columns, error):
-        return _grn_methods.total_effects(problem).shift
+        found = _grn_methods.total_effects(problem, carriers=True)
+        return found.shift * found.share[:, None]  # of all cells, carriers or not
 
     monkeypatch.setattr(_grn_methods, "_decoded_effects", measured)
     scpert.tl.infer_grn(adata, **options)
@@ -720,6 +754,8 @@ def test_network_is_read_from_a_trained_gpovae_without_training():
         scpert.tl.infer_grn(adata, method="gpovae", model=model, max_epochs=3)
     GPOVAE.setup_anndata(part := data[:, :20].copy())
     small = GPOVAE(part, **size)
+    with pytest.raises(scpert.errors.NotTrainedError):
+        scpert.tl.infer_grn(adata, method="gpovae", model=small)
     small.train(1)
     with pytest.raises(ScpertError, match="not trained on"):
         scpert.tl.infer_grn(adata, method="gpovae", model=small)

@@ -133,9 +133,10 @@ def check_net(net: pd.DataFrame, argument: str, *, known: Collection[str] | None
         known = set(known)
         inside = out[K.SOURCE].isin(known) & out[K.TARGET].isin(known)
         if len(out) and not inside.any():
+            strange = [g for g in pd.unique(out[[K.SOURCE, K.TARGET]].to_numpy().ravel()) if g not in known]
             raise ScpertError(
                 f"{argument} shares no edge with the genes of the data: it has genes such as "
-                f"{listing(out[K.SOURCE].unique(), 4)}, the data {listing(sorted(known), 4)}. "
+                f"{listing(strange, 4)}, the data {listing(sorted(known), 4)}. "
                 "Bring both to the same kind of gene names (symbols or Ensembl identifiers, same organism)."
             )
         out = out[inside]

@@ -18,7 +18,7 @@ _WHERE = {
     "CPAVAE": "_factored",
     "SAMSVAE": "_factored",
     "CRADLEVAE": "_factored",
-    "GPOVAE": "_factored",
+    "GPOVAE": "_gpovae",
     "GEARS": "_graph_models",
     "BioDSNN": "_graph_models",
     "ConditionalVAE": "_conditional",

@@ -1,9 +1,10 @@
-"""CPA-VAE, SAMS-VAE, CRADLE-VAE and GPO-VAE: one module, four presets."""
+"""CPA-VAE, SAMS-VAE and CRADLE-VAE: presets of one module; GPO-VAE, the fourth, is in ``_gpovae.py``."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,26 +15,23 @@ from anndata import AnnData
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, listing
+from .._checks import check_choice, check_fraction, check_positive, check_whole, listing
 from .._progress import progress
 from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
-from ..data._perturbation import encode, join, multi_hot, parse
+from ..data._perturbation import encode, join, multi_hot
 from ..data._screen import Screen
-from ..errors import LabelError, ScpertError
+from ..errors import ScpertError
 from ..module._factored import FactoredModule
 from ..nn._stats import ExpectedLog1p, nb_log_prob
 from ._base import PerturbationModel, Prediction, Reference
-from ._knowledge import read_knowledge
 
-__all__ = ["CPAVAE", "CRADLEVAE", "GPOVAE", "SAMSVAE"]
+__all__ = ["CPAVAE", "CRADLEVAE", "SAMSVAE"]
 
 logger = logging.getLogger("scpert")
 
 _PREDICT_CELLS = 256
-#: Training targets from which on it can be judged whether knowledge predicts better than the mean.
-_LEAST_TARGETS = 6
 
 
 def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -65,40 +63,49 @@ def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int 
     return (np.sign(z) * posterior(z)).astype(np.float32), z
 
 
-def knowledge_share(deviation: np.ndarray, mean: np.ndarray, measured: np.ndarray) -> float:
-    r"""How far predictions of held-out training targets are followed beyond the mean, in [0, 1].
+def matched_effects(screen: Screen, effects: Effects, strata: np.ndarray, mask: np.ndarray) -> Effects:
+    r"""``effects`` with each cell compared with the control cells of its own stratum.
 
-    The slope of the measured on the predicted deviations from the mean; 0 unless following it brings the predictions
-    nearer, in correlation with the measured effects and in squared error, each with a one-sided 95 % limit of the paired
-    gain over the targets above zero. Each target is judged with the slope of the others.
+    .. math:: d_p = \sum_s w_{ps} (m_{ps} - m_{cs}), \qquad
+        s_p^2 = \sum_s w_{ps}^2 \left( \frac{v_{ps}}{n_{ps}} + \frac{v_{cs}}{n_{cs}} \right), \qquad w_{ps} = n_{ps} / n_p
+
+    for the strata :math:`s` with two control cells or more; the variance :math:`v_{ps}` is pooled over the strata.
 
     Parameters
     ----------
-    deviation
-        Predicted deviation from the mean ``(target, gene)``, without the target's own effect.
-    mean
-        Mean of the measured effects that the prediction was made from ``(target, gene)``.
-    measured
-        Measured effects ``(target, gene)``.
+    screen, mask
+        Cells, and which of them count, boolean ``(cell,)``.
+    effects
+        Effects of the same cells without strata.
+    strata
+        Stratum of each cell, codes ``(cell,)``.
     """
-    n = len(measured)
-    square, product = (deviation**2).sum(axis=1), (deviation * (measured - mean)).sum(axis=1)
-    slope = np.clip((product.sum() - product) / np.maximum(square.sum() - square, 1e-12), 0.0, 1.0)
-    followed = mean + slope[:, None] * deviation
-
-    def correlation(a: np.ndarray) -> np.ndarray:
-        a, b = a - a.mean(axis=1, keepdims=True), measured - measured.mean(axis=1, keepdims=True)
-        return (a * b).sum(axis=1) / np.maximum(np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1)), 1e-12)
-
-    nearer = ((mean - measured) ** 2).sum(axis=1) - ((followed - measured) ** 2).sum(axis=1)
-    for gain in (correlation(followed) - correlation(mean), nearer):
-        if not gain.mean() > 1.645 * gain.std(ddof=1) / np.sqrt(n):
-            return 0.0
-    return float(np.clip(product.sum() / max(square.sum(), 1e-12), 0.0, 1.0))
-
-
-def _rows_of(process: Any, targets: list[str]) -> np.ndarray:
-    return np.asarray(process.predict_perturbation(targets, on_unknown="mean")[targets].layers[K.DELTA])
+    labels = np.concatenate([[effects.control], effects.labels.astype(str)])
+    n_strata = int(strata.max()) + 1
+    code = pd.Index(labels).get_indexer(pd.Index(screen.labels.astype(str))) * n_strata + strata
+    size = np.bincount(code[mask], minlength=len(labels) * n_strata).reshape(len(labels), n_strata)
+    moments = screen.moments(code, mask=mask & (size[0] > 1)[strata])
+    row = {int(g): i for i, g in enumerate(moments.groups)}
+    delta, error, n_cells = (
+        np.zeros_like(effects.delta),
+        np.full_like(effects.std_error, np.nan),
+        np.zeros(len(labels) - 1),
+    )
+    for p in range(1, len(labels)):
+        present = np.flatnonzero((size[p] > 0) & (size[0] > 1))
+        if len(present) == 0:
+            continue
+        own, control = ([row[k * n_strata + int(s)] for s in present] for k in (p, 0))
+        n = moments.n[own]
+        weight, many = (n / n.sum())[:, None], n > 1
+        delta[p - 1] = (weight * (moments.mean[own] - moments.mean[control])).sum(axis=0)
+        n_cells[p - 1] = n.sum()
+        if many.any():
+            freedom = (n[many] - 1)[:, None]
+            pooled = (freedom * moments.var[np.asarray(own)[many]]).sum(axis=0) / freedom.sum()
+            controls = (weight**2 * moments.var[control] / moments.n[control][:, None]).sum(axis=0)
+            error[p - 1] = np.sqrt(pooled / n.sum() + controls)
+    return replace(effects, delta=delta, std_error=error, n_cells=n_cells)
 
 
 def _quality_values(screen: Screen, counts: sparse.csr_matrix, criteria: Sequence[str] | None) -> dict[str, np.ndarray]:
@@ -133,8 +140,6 @@ class _Factored(PerturbationModel):
     spread_: np.ndarray
 
     def _build(self, options: dict[str, Any], **module: Any) -> None:
-        check_positive("n_latent", options["n_latent"])
-        check_positive("n_hidden", options["n_hidden"])
         gene = {g: i for i, g in enumerate(self.genes_)}
         self._target_gene = np.array([gene.get(t, -1) for t in self.targets_])
         settings = {
@@ -158,14 +163,25 @@ class _Factored(PerturbationModel):
             **module,
             "use_quality": self._preset.get("use_quality", False) and self.setup_args_["quality_key"] is not None,
         }
+        basal = options.get("n_hidden_basal")
+        sizes = {"n_latent": options["n_latent"], "n_hidden": options["n_hidden"]}
+        sizes["n_hidden_basal"] = options["n_hidden"] if basal is None else basal
+        sizes = {name: check_whole(name, size) for name, size in sizes.items()}
+        settings["n_particles"] = check_whole("n_particles", settings["n_particles"])
+        if check_positive("n_hops", settings["n_hops"], zero=True) != int(settings["n_hops"]):
+            raise ScpertError(f"n_hops={settings['n_hops']!r}: give a whole number, 0 or above.")
+        settings["n_hops"] = int(settings["n_hops"])
+        check_positive("effect_scale", settings["effect_scale"])
+        if check_fraction("mask_prior", settings["mask_prior"]) in (0, 1):
+            raise ScpertError(
+                f"mask_prior={settings['mask_prior']!r}: give a probability between 0 and 1, neither of them."
+            )
         with self._seeded(options["random_state"]):
             self.module = FactoredModule(
                 self.n_genes,
                 len(self.targets_),
                 target_gene=self._target_gene,
-                n_latent=int(options["n_latent"]),
-                n_hidden=int(options["n_hidden"]),
-                n_hidden_basal=int(options.get("n_hidden_basal") or options["n_hidden"]),
+                **sizes,
                 n_covariates=tuple(len(c) for c in self.covariates_.values()),
                 open_panel=self.setup_args_["library_size_key"] is not None,
                 **settings,
@@ -180,14 +196,44 @@ class _Factored(PerturbationModel):
 
     # ------------------------------------------------------------------------------------------ training
 
+    def _strata(self) -> np.ndarray:
+        """Stratum of the covariates of each cell, codes ``(cell,)``."""
+        codes = covariate_codes(self._screen.adata, self.covariates_)
+        return (
+            np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+            if codes.shape[1]
+            else np.zeros(len(codes), int)
+        )
+
+    def _learn_reference(self, random_state: int = 0) -> None:
+        """Effects within the strata of the covariates, where there are any."""
+        super()._learn_reference(random_state)
+        if not self.covariates_:
+            return
+        screen, mask, strata = self._screen, self._train_mask(), self._strata()
+        controls = np.bincount(strata[mask & screen.is_control], minlength=int(strata.max()) + 1)
+        lost = mask & ~screen.is_control & (controls < 2)[strata]
+        if lost.any():
+            table = screen.adata.obs.loc[lost, list(self.covariates_)].astype(str)
+            names = table.agg(" / ".join, axis=1).unique()
+            raise ScpertError(
+                f"{len(names)} stratum/strata of covariate_keys have perturbed training cells but fewer than two control "
+                f"cells: {listing(names, 5)}. Drop these cells, merge strata, or leave the covariate out."
+            )
+        self.effects_ = matched_effects(screen, self.effects_, strata, mask)
+
     def _before_training(self, random_state: int) -> None:
         """Start where the training cells are: mean rates, dispersions and shrunken effects."""
         module, screen, mask = self.module, self._screen, self._train_mask()
         module.cpu()
         names, codes = np.unique(screen.labels.astype(str), return_inverse=True)
         codes = codes.reshape(-1)
-        n_groups = len(names)
-        rate, total, square = (np.zeros((n_groups, self.n_genes)) for _ in range(3))
+        strata = self._strata()
+        in_control = mask & screen.is_control
+        n_strata = int(strata.max()) + 1
+        codes = np.where(screen.is_control, len(names) + strata, codes)  # controls by stratum, behind the perturbations
+        n_groups = len(names) + n_strata
+        rate, square = (np.zeros((n_groups, self.n_genes)) for _ in range(2))
         raw = np.zeros((2, self.n_genes))
         exposure, n = np.zeros(n_groups), 0
         size = screen.library_size
@@ -200,7 +246,6 @@ class _Factored(PerturbationModel):
             rate += (member @ block).toarray()
             exposure += np.bincount(group, library, minlength=n_groups)
             square += (member @ block.power(2)).toarray()
-            total += (member @ sparse.diags_array(library).tocsr() @ block).toarray()
             entered = block if module.published else sparse.diags_array(K.TARGET_SUM / library).tocsr() @ block
             entered = sparse.csr_matrix(entered).log1p()
             raw[0] += np.asarray(entered.sum(axis=0)).ravel()
@@ -216,6 +261,9 @@ class _Factored(PerturbationModel):
         module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ effects.n_cells, 1.0)))
 
         control = int(np.flatnonzero(names == self.control_)[0])
+        by_stratum = slice(len(names), None)
+        for sums in (rate, exposure, square):
+            sums[control] = sums[by_stratum].sum(axis=0)
         prior = 0.5 * K.TARGET_SUM / np.maximum(exposure, 1.0)  # half a count a group
         per_10k = rate / np.maximum(exposure, 1.0)[:, None] * K.TARGET_SUM
         log_rate = np.log(per_10k + prior[:, None])
@@ -227,7 +275,6 @@ class _Factored(PerturbationModel):
             module.rest_logit.data.fill_(float(np.log(np.clip(rest, 1e-4, 1.0))))
         # method of moments on control cells: E[x^2 - x] = (1 + 1/theta) rho^2 E[l^2]
         rho = per_10k[control] / K.TARGET_SUM
-        in_control = mask & screen.is_control
         l2 = float((size[in_control] ** 2).sum())
         excess = (square[control] - rate[control]) / np.maximum(rho**2 * l2, 1e-12) - 1.0
         theta = 1.0 / np.clip(excess, 1e-2, 1e2)
@@ -237,13 +284,20 @@ class _Factored(PerturbationModel):
             evidence, _ = signed_evidence(effects.delta, effects.std_error)
             row = {label: i for i, label in enumerate(effects.labels)}
             group_of = {label: i for i, label in enumerate(names)}
+            # what the controls of the same strata would have: for each label the mean of their rates by its cells
+            share = np.zeros((len(names), n_strata))
+            perturbed = mask & ~screen.is_control
+            np.add.at(share, (codes[perturbed], strata[perturbed]), 1.0)
+            share /= np.maximum(share.sum(axis=1, keepdims=True), 1.0)
             signed = np.zeros((len(self.targets_), self.n_genes), dtype=np.float32)
             weight = np.zeros_like(signed)
             log_fold = np.zeros_like(signed)
             for t, target in enumerate(self.targets_):
                 if target in row:
                     signed[t] = evidence[row[target]]
-                    log_fold[t] = np.clip(log_rate[group_of[target]] - base, -4, 4)
+                    i = group_of[target]
+                    expected = np.log(share[i] @ per_10k[by_stratum] + prior[control])
+                    log_fold[t] = np.clip(log_rate[i] - expected, -4, 4)
                     weight[t] = np.isfinite(effects.std_error[row[target]])
                     if self._target_gene[t] >= 0:
                         weight[t, self._target_gene[t]] = 0.0  # the perturbation itself is no edge
@@ -297,6 +351,8 @@ class _Factored(PerturbationModel):
         if not (mask & self._screen.is_control).any() or not (mask & ~self._screen.is_control).any():
             return 1.0, 0.0
         held = Effects.from_screen(self._screen, mask)
+        if self.covariates_:
+            held = matched_effects(self._screen, held, self._strata(), mask)
         mine = [self.effects_.row[label] for label in held.labels if label in self.effects_.row]
         theirs = [i for i, label in enumerate(held.labels) if label in self.effects_.row]
         noise = held.std_error[theirs].astype(np.float64) ** 2
@@ -731,7 +787,6 @@ class SAMSVAE(_Factored):
         random_state: int = 0,
     ):
         super().__init__(adata, registry)
-        check_fraction("mask_prior", mask_prior)
         self._build(
             self._remember(locals()), mask_prior=mask_prior, correlated_guide=correlated_guide, n_particles=n_particles
         )
@@ -781,7 +836,6 @@ class CRADLEVAE(_Factored):
         random_state: int = 0,
     ):
         super().__init__(adata, registry)
-        check_fraction("mask_prior", mask_prior)
         self._build(
             self._remember(locals()),
             mask_prior=mask_prior,
@@ -789,317 +843,3 @@ class CRADLEVAE(_Factored):
             correlated_guide=correlated_guide,
             n_particles=n_particles,
         )
-
-
-class GPOVAE(_Factored):
-    r"""VAE of counts whose perturbation effects live in gene space and are aligned with a regulatory network.
-
-    .. math::
-        Z_p = \sum_{t \in p} M_t \odot E_t \in \mathbb{R}^{G}, \qquad
-        \rho = \mathrm{softmax}\big(f([z_b, Z_p, q\,a]) + Z_p\big)
-
-    so that :math:`\sigma(\hat W_{tj}) = q(M_{tj} = 1)` is the probability that target :math:`t` acts on gene :math:`j`
-    and :math:`E_{tj}` its signed strength in log fold changes. The alignment term draws the K-hop accumulation of the
-    signed adjacency :math:`A = \sigma(\hat W) \odot \mathrm{sign}(\hat E)` (smoothed near zero),
-
-    .. math:: T_K = \sum_{k=0}^{K} (\gamma A / s)^k A, \qquad s \ge \text{spectral radius of } A, \ \gamma < 1,
-
-    to the evidence of the training cells: sign times one minus local false discovery rate of every total effect.
-    After GPO-VAE :cite:p:`GPOVAE2025`; ``published=True`` follows the paper's equations (no skip connection, effect
-    guide that depends on the mask, accumulation of the raw logits, :math:`|x - \text{matched control}|` as target).
-    The docs page lists every deviation.
-
-    Parameters
-    ----------
-    adata
-        Counts, set up by :meth:`setup_anndata`; ``quality_key`` and ``matched_control_key`` are used if given.
-    n_latent, n_hidden
-        Sizes of the basal state and of the hidden layers.
-    n_hidden_basal
-        Size of the hidden layer of the encoder of the basal state; ``None``: ``n_hidden``.
-    n_hops
-        Intermediate regulators over which an effect is accumulated.
-    mask_prior
-        Prior probability of an edge.
-    grn_weight, sparsity_weight, counterfactual_weight
-        Weights of the alignment, of the mean edge probability, and of the counterfactual term.
-    published
-        Follow the paper's equations.
-    fold_change_threshold
-        Subtracted from the paper's alignment target (only ``published=True``: 0.8 for K562, 0.5 for RPE1, 0.4 for
-        Adamson).
-    n_particles
-        Draws of the latents per training step (the paper uses 5).
-    effect_scale
-        Prior standard deviation of an effect, in log fold changes.
-    knowledge
-        Prior knowledge about genes, as in :class:`KnowledgeGP`: name -> annotations, net or embedding. With it the model
-        predicts targets that were never perturbed: their rows of mask x effect come from those of the training targets
-        by a Gaussian process, followed as far as it predicts held-out training targets better than the mean does.
-        Without it such targets are refused.
-    shrinkage
-        Combine the network's shift with the measured shift of training cells by empirical Bayes; default: unless
-        ``published``.
-    random_state
-        Seed of the start weights.
-
-    Examples
-    --------
-    >>> import scpert
-    >>> adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
-    >>> scpert.model.GPOVAE.setup_anndata(adata)
-    >>> model = scpert.model.GPOVAE(adata, n_latent=5, n_hidden=16)
-    >>> model.train(max_epochs=2)
-    >>> model.predict_perturbation().shape[1]
-    40
-    >>> list(model.get_grn().columns)[:3]
-    ['source', 'target', 'weight']
-    """
-
-    _preset = {"use_quality": True, "gene_space": True, "concatenate": True}
-    #: Weights of :meth:`get_grn` are changes under the perturbation; :func:`scpert.tl.infer_grn` turns them into signs
-    #: of the regulator's activity.
-    grn_sign = "perturbation"
-    #: The paper's hyperparameters for its three data sets: ``GPOVAE(adata, **GPOVAE.PUBLISHED["k562"])``.
-    PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-        name: {
-            "published": True,
-            "n_latent": n_latent,
-            "n_hidden": 400,
-            "n_hidden_basal": n_hidden_basal,
-            "n_hops": 5,
-            "mask_prior": 0.3,
-            "grn_weight": 100.0,
-            "sparsity_weight": sparsity_weight,
-            "counterfactual_weight": 0.1,
-            "fold_change_threshold": fold_change_threshold,
-            "n_particles": 5,
-        }
-        for name, n_latent, n_hidden_basal, sparsity_weight, fold_change_threshold in (
-            ("k562", 100, 200, 5.0, 0.8),
-            ("rpe1", 200, 200, 10.0, 0.5),
-            ("adamson", 100, 400, 1.0, 0.4),
-        )
-    }
-
-    def __init__(
-        self,
-        adata: AnnData | None = None,
-        registry: dict | None = None,
-        *,
-        n_latent: int = 100,
-        n_hidden: int = 400,
-        n_hidden_basal: int | None = None,
-        n_hops: int = 5,
-        mask_prior: float = 0.3,
-        grn_weight: float = 100.0,
-        sparsity_weight: float = 5.0,
-        counterfactual_weight: float = 0.1,
-        published: bool = False,
-        fold_change_threshold: float = 0.5,
-        n_particles: int = 1,
-        effect_scale: float = 1.0,
-        knowledge: Mapping[str, pd.DataFrame] | pd.DataFrame | None = None,
-        shrinkage: bool | None = None,
-        random_state: int = 0,
-    ):
-        super().__init__(adata, registry)
-        self._features = read_knowledge(knowledge)
-        if self._features:
-            self.scope = "unseen"
-        check_fraction("mask_prior", mask_prior)
-        for name, value in (
-            ("n_hops", n_hops),
-            ("grn_weight", grn_weight),
-            ("sparsity_weight", sparsity_weight),
-            ("counterfactual_weight", counterfactual_weight),
-        ):
-            check_positive(name, value, zero=True)
-        options = self._remember(locals())
-        options["shrinkage"] = (not published) if shrinkage is None else shrinkage
-        self._build(
-            options,
-            published=published,
-            skip=not published,
-            correlated_guide=published,
-            n_hops=n_hops,
-            mask_prior=mask_prior,
-            grn_weight=grn_weight,
-            sparsity_weight=sparsity_weight,
-            counterfactual_weight=counterfactual_weight,
-            fold_change_threshold=fold_change_threshold,
-            n_particles=n_particles,
-            effect_scale=effect_scale,
-        )
-        if published:
-            self._plan_defaults = {**self._plan_defaults, "lr": 3e-4}
-
-    def get_grn(self, *, threshold: float = 0.5) -> pd.DataFrame:
-        """The network in the model.
-
-        Parameters
-        ----------
-        threshold
-            Least probability of an edge.
-
-        Returns
-        -------
-        A net: ``source`` (target of perturbations), ``target`` (measured gene), ``weight`` (signed: probability x mean
-        log fold change under the perturbation, see ``grn_sign``), ``probability``, ``std`` (posterior standard deviation
-        of mask x effect); strongest edges first. A target's effect on itself is left out.
-        """
-        self._check_trained()
-        check_fraction("threshold", threshold)
-        probability, weight, std = self._network()
-        trained = np.array([t in self._trained_targets for t in self.targets_])
-        keep = (probability > threshold) & trained[:, None] & (weight != 0)
-        own = self._target_gene >= 0
-        keep[np.flatnonzero(own), self._target_gene[own]] = False
-        source, target = np.nonzero(keep)
-        net = pd.DataFrame(
-            {
-                K.SOURCE: np.asarray(self.targets_, dtype=object)[source],
-                K.TARGET: np.asarray(self.genes_, dtype=object)[target],
-                K.WEIGHT: weight[source, target],
-                "probability": probability[source, target],
-                "std": std[source, target],
-            }
-        )
-        order = np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")
-        return net.iloc[order].reset_index(drop=True)
-
-    def _network(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability of each edge, probability x mean effect, and posterior standard deviation ``(target, gene)``."""
-        rows = torch.arange(len(self.targets_), device=self.device)
-        with torch.inference_mode():
-            probability = torch.sigmoid(self.module.mask_logits)
-            loc, log_scale = self.module.effect_parameters(rows, probability)
-            variance = probability * torch.exp(2 * log_scale) + probability * (1 - probability) * loc**2
-        return probability.cpu().numpy(), (probability * loc).cpu().numpy(), torch.sqrt(variance).cpu().numpy()
-
-    # ------------------------------------------------------------------------------------------ prior knowledge
-
-    def _graph_targets(self) -> frozenset[str]:
-        return frozenset().union(*(f.known for f in self._features.values())) if self._features else frozenset()
-
-    def _covers(self, target: str) -> bool:
-        return target in self._graph_targets()
-
-    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
-        """Mean effect plus a share of what the network makes of the rows that knowledge predicts."""
-        centre, process, share = self._rows_from_knowledge
-        if share == 0:
-            return np.tile(self.effects_.mean, (len(targets), 1))
-        shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
-        return self.effects_.mean + share * (shift[1:] - shift[0])
-
-    def _decode_rows(self, rows: np.ndarray, reference: Reference) -> np.ndarray:
-        return self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)
-
-    @cached_property
-    def _rows_from_knowledge(self) -> tuple[np.ndarray, Any, float]:
-        """Mean row of mask x effect of the training targets, :class:`KnowledgeGP` on these rows, and its share.
-
-        The share comes from cross-fitting: the rows of a fifth of the training targets are predicted from the others,
-        kernels and all, decoded, and compared with the measured effects.
-        """
-        singles = [t for t in self.targets_ if t in self.effects_.singles]
-        position = {t: i for i, t in enumerate(self.targets_)}
-        with torch.inference_mode():
-            index = torch.tensor([position[t] for t in singles], dtype=torch.long, device=self.device)
-            rows = self.module.mean_rows(index).cpu().numpy()
-        measured = self.effects_.delta[[self.effects_.singles[t] for t in singles]].astype(np.float64)
-        centre = rows.mean(axis=0)
-        n = len(singles)
-        if n < _LEAST_TARGETS:
-            logger.info("fewer than %d training targets: unseen targets have the mean effect", _LEAST_TARGETS)
-            return centre, None, 0.0
-        deviation, mean = np.zeros_like(measured), np.zeros_like(measured)
-        order = np.random.default_rng(0).permutation(n)
-        for fold in progress(np.array_split(order, 5), total=5, description="cross-fit knowledge", unit="fold"):
-            rest = np.setdiff1d(order, fold)
-            process = self._fit_rows([singles[i] for i in rest], rows[rest])
-            start = rows[rest].mean(axis=0)
-            decoded = self._decode_rows(
-                np.vstack([start, _rows_of(process, [singles[i] for i in fold])]), self.reference_
-            )
-            deviation[fold], mean[fold] = decoded[1:] - decoded[0], measured[rest].mean(axis=0)
-        share = knowledge_share(deviation, mean, measured)
-        if share == 0:
-            logger.info(
-                "knowledge predicts held-out training targets no better than the mean: unseen ones have the mean"
-            )
-        return centre, self._fit_rows(singles, rows) if share > 0 else None, share
-
-    def _fit_rows(self, singles: list[str], rows: np.ndarray) -> Any:
-        from ._gp import KnowledgeGP
-
-        table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
-        table.var_names = self.genes_
-        KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
-        process = KnowledgeGP(table, knowledge=self._options["knowledge"])
-        process.train()
-        return process
-
-    # ------------------------------------------------------------------------------------------ explanation and fit
-
-    def explain(self, perturbation: str, *, n_edges: int = 30) -> pd.DataFrame:
-        """The edges over which a perturbation reaches genes in the model's network, hop by hop.
-
-        Parameters
-        ----------
-        perturbation
-            A label whose targets were trained on.
-        n_edges
-            Strongest contributions to return.
-
-        Returns
-        -------
-        DataFrame ``hop, source, target, weight``: the signed contribution of each edge to the K-hop accumulation that
-        the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
-        """
-        self._check_trained()
-        check_positive("n_edges", n_edges)
-        targets = parse(perturbation, self.control_)
-        if not targets:
-            raise LabelError(f"{perturbation!r} is the control: it has no effect to explain.")
-        missing = [t for t in targets if t not in self._trained_targets]
-        if missing:
-            raise self._refuse(perturbation, targets)
-        m = self.module
-        with torch.inference_mode():
-            A = m.adjacency().cpu().numpy()
-        rows, columns = m.hop_rows.cpu().numpy(), m.hop_columns.cpu().numpy()
-        own = self._target_gene >= 0
-        A[np.flatnonzero(own), self._target_gene[own]] = 0.0
-        square = np.abs(A[rows][:, columns])
-        scale = max(1.0, float(np.sqrt(square.sum(0).max(initial=0) * square.sum(1).max(initial=0)))) / m.hop_decay
-        genes, names = np.asarray(self.genes_, dtype=object), np.asarray(self.targets_, dtype=object)
-        position = {t: i for i, t in enumerate(self.targets_)}
-        parts = []
-        start = A[[position[t] for t in targets]]
-        for t, row in zip(targets, start, strict=True):
-            parts.append(pd.DataFrame({"hop": 0, K.SOURCE: t, K.TARGET: genes, K.WEIGHT: row}))
-        step = start.sum(axis=0)
-        for hop in range(1, m.n_hops + 1):
-            passed = step[columns] / scale
-            contribution = passed[:, None] * A[rows]
-            i, j = np.nonzero(np.abs(contribution) > 1e-6)
-            table = {"hop": hop, K.SOURCE: names[rows[i]], K.TARGET: genes[j], K.WEIGHT: contribution[i, j]}
-            parts.append(pd.DataFrame(table))
-            step = contribution.sum(axis=0)
-        out = pd.concat(parts, ignore_index=True)
-        out = out[out[K.WEIGHT] != 0]
-        return out.iloc[np.argsort(-out[K.WEIGHT].abs().to_numpy(), kind="stable")[:n_edges]].reset_index(drop=True)
-
-    def train(self, max_epochs: int | None = None, **kwargs: Any) -> None:
-        """Train; see :meth:`PerturbationModel.train`. ``published=True`` draws matched controls as partners."""
-        if self.module.published and self.setup_args_["matched_control_key"] is None:
-            logger.info("no matched_control_key: controls of the same covariates are drawn at random as partners")
-        if self._screen.adata.n_obs < 2:
-            raise ScpertError("Training needs more than one cell.")
-        self.__dict__.pop("_rows_from_knowledge", None)
-        super().train(max_epochs, **kwargs)
-
-
-GPOVAE.train.__doc__ = PerturbationModel.train.__doc__

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_net, check_positive, listing
+from .._checks import check_choice, check_fraction, check_net, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
 from ..errors import MissingKeyError, ScpertError
@@ -148,7 +148,9 @@ def evaluate_grn(
             f"adata.uns[{key!r}] does not say which cells the network comes from. Call scpert.tl.infer_grn."
         )
     check_fraction("fdr", fdr)
-    sizes = sorted({int(check_positive("k", int(value))) for value in np.atleast_1d(np.asarray(k))})
+    sizes = sorted({check_whole("k", value) for value in np.atleast_1d(np.asarray(k)).tolist()})
+    if not sizes:
+        raise ScpertError("k= is empty: give one or more numbers of edges, e.g. k=(100, 500).")
     parameters = notes["parameters"]
     arguments = {
         "perturbation_key": perturbation_key or str(parameters["perturbation_key"]),
@@ -211,8 +213,9 @@ def _held_out(
     seen = np.isin(cell_hashes(observed.obs_names), used)
     if seen.any() and not allow_same_cells:
         raise ScpertError(
-            f"{int(seen.sum())} of {observed.n_obs} cells of observed were used to infer {key!r}: the network would be "
-            "judged on what it has seen. Pass other cells, or allow_same_cells=True for an upper bound."
+            f"{int(seen.sum())} of {observed.n_obs} cells of observed were used to infer {key!r}, by their names: the network "
+            "would be judged on what it has seen. Pass other cells, give cells of another data set names of their own "
+            "(obs_names), or allow_same_cells=True for an upper bound."
         )
     return observed
 
@@ -241,7 +244,8 @@ def _judge_interventions(
         regulators = sorted(t for t in singles if count[t] >= 2)
         if not regulators:
             raise ScpertError(
-                f"observed has no single perturbation with two or more cells; it has {listing(screen.perturbations, 5)}."
+                "observed has no single perturbation with two or more cells; it has "
+                f"{listing(screen.perturbations, 5) or 'controls only'}. Pass held-out cells of the perturbed regulators."
             )
         limit = int(np.median([count[t] for t in regulators])) if n_cells is None else int(n_cells)
         keep, code = [np.flatnonzero(screen.is_control)], []
@@ -380,10 +384,10 @@ def _baselines(
     out = {"effect_size": ranked(sign * shift), "zscore": ranked(sign * np.asarray(effects.layers[K.ZSCORE]))}
     measured = [p for p in effects.obs_names if p in set(adata.var_names)]
     if measured:
-        correlated: Any = infer_grn(
-            train, method="correlation", regulators=measured, threshold=0, copy=True, **{**arguments, "scale": scale}
-        )
-        out["correlation"] = grn_df(correlated)
+        options: dict[str, Any] = {**arguments, "scale": scale, "threshold": 0, "copy": True}
+        name = "baseline_correlation"  # not the key of the network, which would be said to be overwritten
+        correlated: Any = infer_grn(train, method="correlation", regulators=measured, key_added=name, **options)
+        out["correlation"] = grn_df(correlated, name)
     return out
 
 
@@ -497,7 +501,7 @@ def _random_row(judge: Judge, size: int, n: int, rng: np.random.Generator) -> di
         "network": "random",
         "k": size,
         **mean,
-        "auprc": float(base),
+        "auprc": float(base) if base > 0 else np.nan,
         "early_precision_ratio": 1.0 if base > 0 else np.nan,
     }
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_positive, listing, suggest
 from ..data import Screen, parse
-from ..errors import LabelError, ScpertError, UnknownTargetError
+from ..errors import LabelError, ScaleError, ScpertError, UnknownTargetError
 from ..pp._write import writable
 from ._effects import benjamini_hochberg
 
@@ -52,6 +52,7 @@ class Problem:
     n_jobs: int | None
     random_state: int
     options: dict[str, Any]
+    unmeasured: list[str] = field(default_factory=list)  # regulators of which the method can say nothing
 
     @property
     def position(self) -> np.ndarray:
@@ -344,6 +345,14 @@ def _problem(
             f"{error} If no row is a control because each row is the profile or the effect of one perturbation, say "
             "scale='effects': the reference of a gene is then its median over the rows."
         ) from error
+    if scale == K.SCALE_AUTO and screen.scale == K.SCALE_EFFECTS:
+        controls = np.flatnonzero(screen.is_control)
+        if len(controls) > 1 and np.abs(screen.rows(controls).data).max(initial=0.0) > 1e-6:
+            raise ScaleError(
+                f"{screen.where} has negative values, as a table of effects has, but its {len(controls)} control rows are not "
+                "zero: scaled or corrected cells? Name a layer of counts or log1p values (layer=); if rows are effects or "
+                "profiles of perturbations, say scale='effects'."
+            )
     samples = []
     if observed.any():
         rows = Screen(
@@ -365,6 +374,7 @@ def _problem(
         )
     perturbed = sorted({t[0] for p in screen.perturbations if len(t := parse(p, control)) == 1})
     measured = set(screen.genes)
+    unmeasured: list[str] = []  # of methods over cells: nothing can be said of them
     if regulators is not None:
         names = list(dict.fromkeys([regulators] if isinstance(regulators, str) else map(str, regulators)))
         known = measured | set(perturbed)
@@ -383,18 +393,19 @@ def _problem(
                 logger.warning("%s: %s never perturbed singly, left out.", method, listing(lost))
             names = [r for r in names if r in set(perturbed)]
         else:
+            unmeasured = [r for r in names if r not in measured]
             names = [r for r in names if r in measured]
     elif method in ("interventional", "sparse_inverse", "gpovae"):
         names = perturbed
     else:
         names = [r for r in perturbed if r in measured]
+        unmeasured = [r for r in perturbed if r not in measured]
         if not names:
             names = list(screen.genes)
             logger.warning("%s: no perturbed gene is measured; all %d genes are candidates.", method, len(names))
     if not names:
         raise ScpertError(
-            f"method={method!r} has no regulator: the perturbations ({listing(screen.perturbations, 5)}) hold no single "
-            "one, or none of those asked for is usable. Use single perturbations, other regulators=, or another method."
+            f"method={method!r} has no regulator: {_why_none(method, regulators, perturbed, screen.perturbations)}"
         )
     weights = None
     if prior is not None:
@@ -408,7 +419,7 @@ def _problem(
         if not inside.any():
             raise ScpertError(
                 f"prior has no edge from a regulator ({listing(names, 4)}) to a measured gene: its sources are "
-                f"{listing(net[K.SOURCE].unique(), 4)}. Give a net of these regulators."
+                f"{listing(net[K.SOURCE].unique(), 4) or 'none'}. Give a net of these regulators."
             )
         strength = np.abs(net[K.WEIGHT].to_numpy()[inside])
         weights = np.zeros((len(names), len(screen.genes)), dtype=np.float32)
@@ -426,6 +437,26 @@ def _problem(
         n_jobs=n_jobs,
         random_state=random_state,
         options=dict(options),
+        unmeasured=unmeasured,
+    )
+
+
+def _why_none(method: str, asked: Sequence[str] | None, perturbed: list[str], perturbations: Sequence[str]) -> str:
+    """Why there is no candidate regulator, and what to do."""
+    if asked is None:
+        return (
+            f"the perturbations ({listing(perturbations, 5)}) hold no single one, and total effects are those of single "
+            "perturbations. Use a method over cells: 'ridge', 'boosting' or 'correlation'."
+        )
+    names = [asked] if isinstance(asked, str) else list(asked)
+    if method in ("ridge", "boosting", "correlation"):
+        return (
+            f"none of regulators= ({listing(names, 5)}) is a measured gene, and this method regresses on measured values. "
+            "Give measured genes, or use 'interventional' or 'sparse_inverse'."
+        )
+    return (
+        f"none of regulators= ({listing(names, 5)}) was perturbed singly; these were: {listing(perturbed, 5) or 'none'}. "
+        "Give some of them, or use 'ridge', 'boosting' or 'correlation'."
     )
 
 
@@ -451,7 +482,16 @@ def _run(method: str, problem: Problem) -> Scores:
     from . import _grn_inverse, _grn_methods
 
     module = _grn_inverse if method == "sparse_inverse" else _grn_methods
-    return getattr(module, method)(problem)
+    scores: Scores = getattr(module, method)(problem)
+    if problem.unmeasured:
+        logger.warning(
+            "%s: %d regulator(s) are not among the measured genes and left out, as the method regresses on measured values: %s.",
+            method,
+            len(problem.unmeasured),
+            listing(problem.unmeasured, 5),
+        )
+        scores.notes["without_edges"] = problem.unmeasured
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------- output
@@ -588,6 +628,7 @@ def _write(
     matrix.eliminate_zeros()
     table = pd.DataFrame({K.SOURCE: source.astype(str), K.TARGET: target.astype(str), K.WEIGHT: weight, **columns})
     unmeasured = sorted({s for s, i in zip(source, inside, strict=True) if not i} | set(notes.pop("unmeasured", ())))
+    without_edges = notes.pop("without_edges", [])
     if unmeasured:
         logger.warning(
             "%d regulator(s) are not among the measured genes: %s. Their edges are in uns[%r]['unmeasured_edges'].",
@@ -602,7 +643,7 @@ def _write(
     result = {
         "method": method,
         "parameters": parameters,
-        "unmeasured_regulators": np.asarray(unmeasured, dtype=object).astype(str),
+        "unmeasured_regulators": np.asarray([*unmeasured, *without_edges], dtype=object).astype(str),
         "unmeasured_edges": table[~inside].reset_index(drop=True),
         "n_edges": int(matrix.nnz),
         "cells": cell_hashes(adata.obs_names[used]),

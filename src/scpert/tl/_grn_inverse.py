@@ -195,13 +195,20 @@ def indirect_discount(
 def sparse_inverse(problem: Problem) -> Scores:
     """Direct edges; page ``docs/grn/sparse_inverse.md``."""
     options = method_options(
-        problem, "sparse_inverse", penalty=3.0, cut=3.0, path_cut=None, path_scale=2.0, floor=1.0, composition=True
+        problem,
+        "sparse_inverse",
+        penalty=3.0,
+        cut=3.0,
+        path_cut=None,
+        path_scale=2.0,
+        floor=1.0,
+        composition=True,
+        carriers=True,
     )
-    found = total_effects(problem, composition=options["composition"])
+    found = total_effects(problem, composition=options.pop("composition"), carriers=options.pop("carriers"))
     position = problem.position
     if problem.prior is not None:
         options["penalty"] = options["penalty"] / (1.0 + problem.prior)
-    options.pop("composition")
     factor, direct = indirect_discount(found.shift, found.noise, found.sign, position, **options)
     score = np.abs(np.nan_to_num(found.zscore)) * factor
     if problem.observational is not None and problem.observational.shape[0] >= 10:

@@ -14,8 +14,9 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import listing
 from ..errors import ScaleError, ScpertError
-from ._effects import effects_of_cells, table_spread, welch
+from ._effects import effects_of_cells, strata_of, table_spread, welch
 from ._grn import Scores, weighted_bh
+from ._grn_carriers import carrier_weights, weighted_effects
 
 if TYPE_CHECKING:
     from ..data import Screen
@@ -45,15 +46,20 @@ class Evidence:
     noise: np.ndarray  # as error, but never swollen by effects: what a real effect must exceed
     sign: np.ndarray  # (regulator,): +1 where the perturbation raises its target, -1 where it lowers it
     offset: np.ndarray  # (regulator,): log of the factor common to most genes, already taken out
+    share: np.ndarray  # (regulator,): mean weight of its cells; 1 where all count the same
 
 
-def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
+def total_effects(problem: Problem, *, composition: bool = True, carriers: bool = False) -> Evidence:
     """Shift of each gene in each regulator's single perturbation, with error and p-value.
 
     Cells: Welch's statistics with two cautions. Counts are compositions: if a perturbation lowers strong genes, all
     others rise in CP10k. The offset that most genes share (weighted median over genes of shift over sensitivity, the
     mean of ``1 - exp(-x)`` over controls, which is how ``log1p`` responds to a factor) is taken out. And the variance
     of the perturbed cells counts at least as much as the controls': few cells that happen to agree are no evidence.
+
+    With ``carriers`` (rankings) each cell counts as far as it carries its perturbation, by the counts of its target
+    (:func:`carrier_weights`), if that explains them better. Not for tests: a cell with little of the target may have little
+    of what goes with it for other reasons.
 
     Tables (effects, or profiles without replicates): rows of one label are added, weighted by how far they moved
     their own target. Edges are ranked by the shift over the root mean square of the gene over the perturbations (a gene that
@@ -69,6 +75,12 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
         rows = pd.Index(with_controls).get_indexer(pd.Index(problem.regulators))
         if len(rows) < len(shift) or (np.diff(rows) < 0).any():
             shift, error, freedom = shift[rows], error[rows], freedom[rows]
+        share = np.ones(len(shift))
+        if carriers:
+            strata, _ = strata_of(screen.adata, problem.covariate_keys or None)
+            weights = carrier_weights(screen, problem.regulators, problem.position, strata)
+            if weights is not None:
+                shift, error, share = weighted_effects(screen, problem.regulators, weights, strata)
         offset = np.zeros(len(shift))
         if composition:
             offset, sensitivity = composition_offset(screen, shift, error)
@@ -83,6 +95,7 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
             error,
             perturbation_sign(shift, problem.position),
             offset,
+            share,
         )
     shift, error, noise = _table_effects(problem)
     zscore, _ = welch(shift, error, np.inf)
@@ -95,6 +108,7 @@ def total_effects(problem: Problem, *, composition: bool = True) -> Evidence:
         noise,
         perturbation_sign(shift, problem.position),
         np.zeros(len(shift)),
+        np.ones(len(shift)),
     )
 
 
@@ -434,15 +448,15 @@ def gpovae(problem: Problem) -> Scores:
     from ._grn_inverse import indirect_discount
 
     options = dict(problem.options)
-    max_epochs, direct, trained = (
-        options.pop(n, d) for n, d in (("max_epochs", None), ("direct", True), ("model", None))
+    max_epochs, direct, carriers, trained = (
+        options.pop(n, d) for n, d in (("max_epochs", None), ("direct", True), ("carriers", True), ("model", None))
     )
     allowed = [n for n in inspect.signature(GPOVAE.__init__).parameters if n not in ("self", "adata", "registry")]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise ScpertError(
-            f"infer_grn(method='gpovae') does not know the option(s) {listing(unknown)}; it has max_epochs, direct and "
-            f"those of GPOVAE: {', '.join(allowed)}."
+            f"infer_grn(method='gpovae') does not know the option(s) {listing(unknown)}; it has max_epochs, direct, "
+            f"carriers and those of GPOVAE: {', '.join(allowed)}."
         )
     if problem.screen.scale != K.SCALE_COUNTS:
         raise ScaleError(
@@ -456,6 +470,7 @@ def gpovae(problem: Problem) -> Scores:
         )
     if trained is None:
         trained = _train_gpovae(problem, options, max_epochs)
+    trained._check_trained()
     position = problem.position
     rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
     columns = pd.Index(trained.genes_).get_indexer(pd.Index(problem.genes))
@@ -467,10 +482,12 @@ def gpovae(problem: Problem) -> Scores:
         )
     probability, effect, std = (a[rows][:, columns] for a in trained._network())
     # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
-    measured = total_effects(problem)
+    measured = total_effects(problem, carriers=direct and carriers)
     weight = measured.sign[:, None] * effect
     if direct:
-        shift = (measured.shift + _decoded_effects(trained, problem, columns, measured.error)) / 2
+        # the network's effect is the mean over all cells of a perturbation, carriers or not
+        decoded = _decoded_effects(trained, problem, columns, measured.error) / np.maximum(measured.share, 0.1)[:, None]
+        shift = (measured.shift + decoded) / 2
         zscore, _ = welch(shift, measured.error, np.inf)
         factor, _ = indirect_discount(shift, measured.noise, measured.sign, position)
         weight = measured.sign[:, None] * np.nan_to_num(zscore) * factor
@@ -486,7 +503,7 @@ def _train_gpovae(problem: Problem, options: dict[str, Any], max_epochs: int | N
     from ..model import GPOVAE
 
     screen = problem.screen
-    data = screen.adata.copy()
+    data = screen.adata.to_memory()  # a copy, backed or not
     GPOVAE.setup_anndata(
         data,
         perturbation_key=screen.perturbation_key,
