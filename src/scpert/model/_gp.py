@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -204,9 +204,10 @@ class KnowledgeGP(KnowledgeModel):
     A local average over similar genes, :math:`\sum_j S_{pj} \delta_j / (\sum_j S_{pj} + \phi)` with
     :math:`S = \sum_s (\nu_{s1} K_s + \nu_{s2} K_s^2 + \nu_{s4} K_s^4)`, is mixed in. All weights, the floor :math:`\phi`, the
     noise :math:`\sigma_k^2` and the gain of each component, the share of the mixture, the amplitude :math:`s_p` (predicted by
-    the same average) and the limits (quantiles of the errors, relative to the predicted amplitude and the posterior variance)
-    are learned from training perturbations that were held out in folds: axes, features and means of a fold come from its
-    other perturbations alone.
+    the same average), the response of each gene to its predicted deviation (a slope, and a smooth surface), how far the
+    predictions are trusted beyond the mean, and the limits (quantiles of the errors, relative to the predicted amplitude and the
+    posterior variance) are learned from training perturbations that were held out in folds: axes, features and means of a fold
+    come from its other perturbations alone.
 
     Parameters
     ----------
@@ -226,7 +227,8 @@ class KnowledgeGP(KnowledgeModel):
 
     Notes
     -----
-    A target that no table knows has exactly the mean effect and the status ``fallback``. A perturbation that was trained on has
+    A target that no table knows has exactly the mean effect and the status ``fallback``. ``trust_`` in [0, 1] says how far the
+    knowledge is followed; at 0 every unseen target has exactly the mean. A perturbation that was trained on has
     its own effect, shrunk to what the model would predict without it in proportion to its standard errors, where these are
     known. Combinations are sums over targets, times a scale, plus a low-rank interaction
     (ridge on :math:`u_a + u_b` and :math:`u_a \circ u_b`), both learned from training combinations by leave-one-out, and left out
@@ -548,7 +550,8 @@ class KnowledgeGP(KnowledgeModel):
         n = len(delta)
         L = self.learn_
         deviations = [(F * self.gain_[: F.shape[1]]) @ f.axes for f, F in zip(folds, scores, strict=True)]
-        self.trust_ = _trust(folds, deviations)
+        means, centres = zip(*(self._without(f, delta, amplitude) for f in folds), strict=True)
+        self.trust_ = _trust(folds, deviations, centres)
         if self.trust_ == 0:
             logger.warning(
                 "KnowledgeGP: held-out training targets do not confirm the knowledge: unseen ones have the mean effect"
@@ -561,10 +564,10 @@ class KnowledgeGP(KnowledgeModel):
         )
         self.response_ = {**asdict(response), "spread": spread(self.scores_ @ self.axes_)}
         direction, mean, size = np.zeros_like(delta), np.tile(delta.mean(axis=0), (n, 1)), np.zeros(n)
-        for f, d in zip(folds, deviations, strict=True):
+        for f, d, others in zip(folds, deviations, means, strict=True):
             S = np.tensordot(self.similarity_weights_, f.near, 1)
             size[f.test] = _smooth(S, amplitude[f.train][:, None], amplitude[f.train].mean(), self.floor_)[:, 0]
-            direction[f.test], mean[f.test] = f.centre + d, delta[f.train].mean(axis=0)
+            direction[f.test], mean[f.test] = f.centre + d, others
         self.amplitude_ = _amplitude_weights(direction[L], size[L], delta[L], amplitude[L])
         predicted = self._scaled(direction[L], size[L], mean[L])
         self.held_out_ = mean.astype(np.float32)
@@ -582,6 +585,20 @@ class KnowledgeGP(KnowledgeModel):
         level = min(1.0, COVERAGE * (len(L) + 1) / len(L))
         pooled = float(np.quantile(ratio, level))
         self.quantile_ = np.quantile(ratio, level, axis=0) if len(L) >= 200 else np.full(delta.shape[1], pooled)
+
+    def _without(self, fold: _Fold, delta: np.ndarray, amplitude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What held-out targets are given without knowledge: the mean of all other perturbations, and that of their scaled effects.
+
+        Combinations count, too, and targets that no table knows.
+        """
+        e = self.effects_
+        if len(e.labels) == len(self.singles_):
+            return delta[fold.train].mean(axis=0), fold.centre
+        held = {self.singles_[i] for i in fold.test}
+        rows = e.delta[[i for i, targets in enumerate(e.targets) if not held & set(targets)]].astype(np.float64)
+        length, strongest = np.linalg.norm(rows, axis=1), int(amplitude.argmax())
+        size = np.maximum(length / np.linalg.norm(delta[strongest]) * amplitude[strongest], 0.05)
+        return rows.mean(axis=0), (rows / np.sqrt(size)[:, None]).mean(axis=0)
 
     def _scaled(self, direction: np.ndarray, size: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Direction times the amplitude that its predicted size stands for, as far as the knowledge is trusted beyond the mean."""
@@ -726,8 +743,9 @@ class KnowledgeGP(KnowledgeModel):
         -------
         DataFrame with columns ``target``, ``training`` (training perturbation), ``kernel`` (name of the table; ``constant`` for
         what all genes of the tables share), ``similarity`` (kernel value), ``weight`` (weight in the process and in the local
-        average, mixed as the model mixes them) and ``share``: contribution to the predicted deviation from the mean, projected
-        on it; the shares of a target sum to 1.
+        average, mixed as the model mixes them) and ``share``: contribution to the predicted deviation from the mean (before the
+        response of the genes), projected on it; the shares of a target sum to 1, or are 0 where the knowledge is not trusted
+        (``trust_``).
 
         Raises
         ------
@@ -770,7 +788,7 @@ class KnowledgeGP(KnowledgeModel):
                             "kernel": label,
                             "similarity": k,
                             "weight": self.mix_ * process + (1 - self.mix_) * near / size,
-                            "share": process * inner[0] + near * inner[1],
+                            "share": (self.trust_ > 0) * (process * inner[0] + near * inner[1]),
                         }
                     )
                 )
@@ -842,13 +860,17 @@ def _levels(losses: np.ndarray, n_levels: int) -> np.ndarray:
     return levels[losses[levels].argmin(axis=0)]
 
 
-def _trust(folds: list[_Fold], deviations: list[np.ndarray]) -> float:
+def _trust(folds: list[_Fold], deviations: list[np.ndarray], centres: Sequence[np.ndarray]) -> float:
     """Share of the knowledge's predictions that is followed beyond the mean: 1 - chance / t^2, or 0.
 
-    t is the gain of held-out rows, from the others' mean to their predictions, in standard errors.
+    t is the gain of held-out rows, from the mean that they are given without knowledge to their predictions, in standard errors.
     """
-    rest = [f.rows - f.centre for f in folds]
-    gain = np.concatenate([(y**2 - (y - d) ** 2).sum(axis=1) for y, d in zip(rest, deviations, strict=True)])
+    gain = np.concatenate(
+        [
+            ((f.rows - mean) ** 2 - (f.rows - f.centre - d) ** 2).sum(axis=1)
+            for f, d, mean in zip(folds, deviations, centres, strict=True)
+        ]
+    )
     error = gain.std(ddof=1) / np.sqrt(len(gain))
     if gain.mean() <= 0 or error <= 0:
         return 0.0
