@@ -261,6 +261,8 @@ def test_untidy_nets_are_cleaned(screen, nets):
         model.train(max_epochs=1, accelerator="cpu")
         out.append(model.predict_perturbation(["NEW1", "NEW2"]))
     np.testing.assert_array_equal(out[0].X, out[1].X)
+    spaced = tidy.assign(source=" " + tidy["source"] + " ")
+    pd.testing.assert_frame_equal(BioDSNN(screen, perturbation_net=spaced, **WIDE)._nets["graph"], tidy)
     with pytest.raises(ScpertError, match="names a target twice"):
         model.predict_perturbation("NEW1+NEW1")
 
@@ -294,6 +296,10 @@ def test_published_preset_halves_the_rate(screen, nets):
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["x"], "weight": [1.0]})}, "no edge"),
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [1.0]})}, "none of the data's"),
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [np.nan]})}, "NaN"),
+        (
+            {"perturbation_net": pd.DataFrame({"source": ["x", None], "target": ["y", "z"]})},
+            "without a source or target",
+        ),
         ({"pathway_net": pd.DataFrame({"source": ["G"], "target": ["H"], "weight": [1.0]})}, "shares no edge"),
     ],
 )
