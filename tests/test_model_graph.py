@@ -267,6 +267,20 @@ def test_untidy_nets_are_cleaned(screen, nets):
         model.predict_perturbation("NEW1+NEW1")
 
 
+def test_limits_allow_for_few_perturbations():
+    """Of the errors on left-out perturbations the limits hold 90 % of one more than there are: split conformal."""
+    n = 16
+    X = np.random.default_rng(0).standard_t(3, size=(n, 400))
+    names = [f"T{i:02}" for i in range(n)]
+    adata = scpert_effects(X, names)
+    GEARS.setup_anndata(adata, scale="effects")
+    model = GEARS(adata, perturbation_net=pd.DataFrame({"source": names, "target": names[1:] + names[:1]}), **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    sd = np.sqrt(1 / np.diag(model._prior.inverse))[:, None] * model._calibration["gene_sd"]
+    inside = np.abs(X - model._prior.loo) <= model._calibration["width"] * sd
+    assert inside.mean() == pytest.approx(0.9 * (n + 1) / n, abs=0.01)
+
+
 def scpert_effects(X, names):
     from anndata import AnnData
 

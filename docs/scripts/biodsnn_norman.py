@@ -68,8 +68,8 @@ def stratum(label: str, train: set[str]) -> str:
     return "single" if len(targets) == 1 else f"seen {sum(t in train for t in targets)} of {len(targets)}"
 
 
-def predict(adata: AnnData, system: tuple, seed: int) -> tuple[np.ndarray, list[float]]:
-    """Shifts of the test labels of ``obs["split"]``, ``(perturbation, gene)``, labels sorted; trust in the network."""
+def predict(adata: AnnData, system: tuple, seed: int) -> dict[str, np.ndarray]:
+    """Shifts of the test labels of ``obs["split"]``, labels sorted, and their limits; trust in the network."""
     import scpert
 
     name, options, epochs = system
@@ -79,9 +79,12 @@ def predict(adata: AnnData, system: tuple, seed: int) -> tuple[np.ndarray, list[
     extra = {} if epochs is None else {"max_epochs": epochs}
     model.train(accelerator="cpu", random_state=seed, **extra)
     labels = sorted(set(adata.obs["perturbation"][adata.obs["split"] == "test"]))
-    delta = model.predict_perturbation(labels, on_unknown="mean").layers["delta"]
+    out = model.predict_perturbation(labels, on_unknown="mean")
+    base = out.X - out.layers["delta"]
+    found = {side: out.layers[side] - base for side in ("lower", "upper") if side in out.layers}
     trust = getattr(model, "_trust", {})
-    return delta, [trust.get("unseen", np.nan), trust.get("combination", np.nan)]
+    weights = np.array([trust.get("unseen", np.nan), trust.get("combination", np.nan)])
+    return {"delta": out.layers["delta"], "trust": weights, **found}
 
 
 def limits(values: np.ndarray, rng: np.random.Generator) -> str:
@@ -121,7 +124,8 @@ def main() -> None:
         )
         scpert.pp.similarity_net(go).to_parquet(cache)
     nets = {"go": pd.read_parquet(cache)}
-    found, strata, trust = {}, {}, {}
+    found, strata, trust, inside = {}, {}, {}, []
+    control = _profile(adata, adata.obs["perturbation"] == "control")
     for seed in args.seeds:
         order = np.random.default_rng(seed).permutation(len(labels))
         fold_of = {labels[i]: k % N_FOLDS for k, i in enumerate(order)}
@@ -139,14 +143,18 @@ def main() -> None:
                     continue
                 file = args.out / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}_{fold}.npz"
                 if not file.exists():
-                    delta, weight = predict(adata, system, seed)
-                    np.savez(file, delta=delta, trust=weight)
+                    np.savez(file, **predict(adata, system, seed))
                 saved = np.load(file)
                 trust.setdefault(name, []).append(saved["trust"])
                 found.update({(name, seed, x): row for x, row in zip(test, saved["delta"], strict=True)})
+                if "lower" in saved:
+                    observed = np.stack([_profile(adata, adata.obs["perturbation"] == x) for x in test]) - control
+                    within = np.where(
+                        np.isfinite(saved["lower"]), (observed >= saved["lower"]) & (observed <= saved["upper"]), np.nan
+                    )
+                    inside += [(name, strata[seed, x], row.mean()) for x, row in zip(test, within, strict=True)]
     complete = len(labels) * len(args.seeds)
     names = [n for n in systems(nets, args.published) if sum(k[0] == n for k in found) == complete]
-    control = _profile(adata, adata.obs["perturbation"] == "control")
     tables = []
     for name in names:
         for seed in args.seeds:
@@ -174,6 +182,10 @@ def main() -> None:
         weights = np.nanmean(trust[name], axis=0) if np.isfinite(trust[name]).any() else None
         if weights is not None:
             print(f"# {name}: mean trust in the network, unseen {weights[0]:.2f}, combinations {weights[1]:.2f}")
+    if inside:
+        print("# share of the observed values inside the 90 % limits")
+        share = pd.DataFrame(inside, columns=["model", "stratum", "share"])
+        print(share.pivot_table(index="model", columns="stratum", values="share", margins=True).round(3).to_string())
     ours = "BioDSNN, published" if args.published else "BioDSNN"
     rng = np.random.default_rng(0)
     for metric in METRICS:
