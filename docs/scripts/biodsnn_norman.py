@@ -2,6 +2,7 @@
 
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --seeds 0 1 2 3 4
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --seeds 0 1 --published
+    SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --relatedness
 
 Folds are over perturbations; what a fold's training cells do not hold is unseen. Predictions are kept in ``--out`` and
 not made again, so that a run can be interrupted, or made seed by seed. All hyper-parameters are the defaults, or the
@@ -87,6 +88,43 @@ def predict(adata: AnnData, system: tuple, seed: int) -> dict[str, np.ndarray]:
     return {"delta": out.layers["delta"], "trust": weights, **found}
 
 
+def relatedness(adata: AnnData, nets: dict[str, pd.DataFrame], labels: list[str]) -> None:
+    """Whether targets that a graph joins have like effects: all that a graph can tell of an unseen target."""
+    control = _profile(adata, adata.obs["perturbation"] == "control")
+    shift = np.stack([_profile(adata, adata.obs["perturbation"] == x) for x in labels]) - control
+    shift -= shift.mean(axis=0)
+    r = np.corrcoef(shift)
+    targets = sorted({t for x in labels for t in x.split("+")})
+    at = {t: i for i, t in enumerate(targets)}
+    design = np.zeros((len(labels), len(targets)))
+    for i, x in enumerate(labels):
+        design[i, [at[t] for t in x.split("+")]] = 1
+    apart = np.triu(design @ design.T == 0, 1)  # pairs of perturbations without a common target
+    rng = np.random.default_rng(0)
+    print(f"# correlation of the centred effects of {apart.sum()} pairs of perturbations without a common target")
+    edges = {}
+    for name, net in nets.items():
+        link = np.zeros((len(targets), len(targets)))
+        here = net[net["source"].isin(at) & net["target"].isin(at) & (net["source"] != net["target"])]
+        link[here["source"].map(at), here["target"].map(at)] = 1
+        link = np.maximum(link, link.T)
+        edges[name] = {(targets[i], targets[j]) for i, j in np.argwhere(np.triu(link))}
+
+        def difference(link: np.ndarray) -> tuple[float, float, int]:
+            joined = (design @ link @ design.T > 0) & apart
+            return r[joined].mean() - r[apart & ~joined].mean(), r[joined].mean(), int(joined.sum())
+
+        found, mean, n = difference(link)
+        orders = [rng.permutation(len(targets)) for _ in range(2000)]
+        chance = np.array([difference(link[np.ix_(o, o)])[0] for o in orders])
+        held, p = int((link.sum(0) > 0).sum()), (1 + (chance >= found).sum()) / (1 + len(chance))
+        print(
+            f"{name:<14} joins {held} of {len(targets)} targets in {len(edges[name])} pairs, {n} pairs of effects: {mean:.3f}, minus all other pairs "
+            f"{found:+.3f} (targets exchanged: {chance.mean():+.3f} +- {chance.std():.3f}, p {p:.3f})"
+        )
+    print("# joined at the lowest level, but not by go:", sorted(edges["lowest level"] - edges["go"]))
+
+
 def limits(values: np.ndarray, rng: np.random.Generator) -> str:
     """Mean and 95 % bootstrap limits over perturbations."""
     values = values[np.isfinite(values)]
@@ -100,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--published", action="store_true", help="the systems with the article's settings instead")
+    parser.add_argument("--relatedness", action="store_true", help="only: do joined targets have like effects?")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("biodsnn_norman"))
     args = parser.parse_args()
@@ -124,6 +163,11 @@ def main() -> None:
         )
         scpert.pp.similarity_net(go).to_parquet(cache)
     nets = {"go": pd.read_parquet(cache)}
+    if args.relatedness:
+        for name, level in (("all levels", None), ("lowest level", 1)):
+            nets[name] = scpert.pp.pathway_mask(targets, reactome, level=level)
+        relatedness(adata, nets, labels)
+        return
     found, strata, trust, inside = {}, {}, {}, []
     control = _profile(adata, adata.obs["perturbation"] == "control")
     for seed in args.seeds:
