@@ -293,6 +293,20 @@ def test_bad_input(screen):
         genetic_interactions(screen, confidence=2)
 
 
+def test_singles_of_one_cell_are_left_out(screen, caplog):
+    labels = screen.obs["perturbation"].astype(str)
+    combinations = sorted(x for x in labels.unique() if "+" in x)
+    single = combinations[0].split("+")[0]
+    first = np.flatnonzero(labels == single)[0]
+    adata = screen[((labels != single) | (np.arange(screen.n_obs) == first)).to_numpy()].copy()
+    genetic_interactions(adata, n_boot=0)
+    assert list(adata.uns["genetic_interactions"].index) == [x for x in combinations if single not in x.split("+")]
+    assert "have a single of one cell" in caplog.text
+    alone = adata[adata.obs["perturbation"].isin(["control", *combinations[0].split("+"), combinations[0]])].copy()
+    with pytest.raises(ScpertError, match="of one cell"):
+        genetic_interactions(alone)
+
+
 @pytest.mark.skipif(not DATA, reason="SCPERT_TEST_DATA does not name a folder with real screens")
 def test_norman_doubles_agree_with_the_authors_fits():
     adata = ad.read_h5ad(Path(DATA) / "norman2019_k562_crispra_perturbench.h5ad")

@@ -255,6 +255,20 @@ def test_linear_grn_refuses_effects():
         scpert.model.LinearGRN.setup_anndata(effects(), scale="effects")
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"n_steps": 0.5}, "n_steps=0.5"),
+        ({"max_regulators": 2.5}, "max_regulators=2.5"),
+        ({"net": pd.DataFrame({"source": [], "target": []})}, "net has no edge"),
+    ],
+)
+def test_linear_grn_bad_options(screen, options, match):
+    scpert.model.LinearGRN.setup_anndata(screen[0])
+    with pytest.raises(ScpertError, match=match):
+        scpert.model.LinearGRN(screen[0], **options)
+
+
 def test_no_change_predicts_no_change_also_of_genes_it_has_never_seen():
     adata = effects()
     still = fit("NoChange", adata).predict_perturbation(["unheard", "g1"], on_unknown="mean")

@@ -261,8 +261,24 @@ def test_untidy_nets_are_cleaned(screen, nets):
         model.train(max_epochs=1, accelerator="cpu")
         out.append(model.predict_perturbation(["NEW1", "NEW2"]))
     np.testing.assert_array_equal(out[0].X, out[1].X)
+    spaced = tidy.assign(source=" " + tidy["source"] + " ")
+    pd.testing.assert_frame_equal(BioDSNN(screen, perturbation_net=spaced, **WIDE)._nets["graph"], tidy)
     with pytest.raises(ScpertError, match="names a target twice"):
         model.predict_perturbation("NEW1+NEW1")
+
+
+def test_limits_allow_for_few_perturbations():
+    """Of the errors on left-out perturbations the limits hold 90 % of one more than there are: split conformal."""
+    n = 16
+    X = np.random.default_rng(0).standard_t(3, size=(n, 400))
+    names = [f"T{i:02}" for i in range(n)]
+    adata = scpert_effects(X, names)
+    GEARS.setup_anndata(adata, scale="effects")
+    model = GEARS(adata, perturbation_net=pd.DataFrame({"source": names, "target": names[1:] + names[:1]}), **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    sd = np.sqrt(1 / np.diag(model._prior.inverse))[:, None] * model._calibration["gene_sd"]
+    inside = np.abs(X - model._prior.loo) <= model._calibration["width"] * sd
+    assert inside.mean() == pytest.approx(0.9 * (n + 1) / n, abs=0.01)
 
 
 def scpert_effects(X, names):
@@ -294,6 +310,10 @@ def test_published_preset_halves_the_rate(screen, nets):
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["x"], "weight": [1.0]})}, "no edge"),
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [1.0]})}, "none of the data's"),
         ({"perturbation_net": pd.DataFrame({"source": ["x"], "target": ["y"], "weight": [np.nan]})}, "NaN"),
+        (
+            {"perturbation_net": pd.DataFrame({"source": ["x", None], "target": ["y", "z"]})},
+            "without a source or target",
+        ),
         ({"pathway_net": pd.DataFrame({"source": ["G"], "target": ["H"], "weight": [1.0]})}, "shares no edge"),
     ],
 )

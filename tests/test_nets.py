@@ -72,6 +72,8 @@ def test_similarity_bad_input():
     with pytest.raises(ScpertError, match="top_k=0"):
         similarity_net(table, top_k=0)
     assert similarity_net(pd.DataFrame({"gene": ["A", "B"], "term": ["x", "y"]})).empty
+    spaced = table.assign(gene=" " + table["gene"], term=table["term"] + " ")
+    pd.testing.assert_frame_equal(similarity_net(spaced), similarity_net(table))
 
 
 @pytest.mark.skipif(not PRIORS, reason="SCPERT_TEST_PRIORS does not name a folder with real annotation files")

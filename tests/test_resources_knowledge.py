@@ -157,6 +157,8 @@ def test_damaged_files(tmp_path):
     empty.touch()
     with pytest.raises(FileFormatError, match="is empty"):
         gene_ontology(empty)
+    with pytest.raises(FileFormatError, match="no line but its header"):
+        gene_ontology(write(tmp_path / "header.tsv", "symbol\tgo_id\n"))
     with pytest.raises(FileFormatError, match="is not a file"):
         gene_ontology(tmp_path / "nowhere.tsv")
     with pytest.raises(FileFormatError, match="15 or 17. Is the file truncated"):
@@ -179,6 +181,17 @@ def test_damaged_files(tmp_path):
         archive.writestr("b", "x")
     with pytest.raises(FileFormatError, match="holds 2 files"), open_text(two):
         pass
+
+
+def test_a_plain_file_that_stops_within_a_line_is_announced(tmp_path, caplog):
+    whole = "symbol\tgo_id\nKLF1\tGO:0000001\nCBL\tGO:0000002\n"
+    gene_ontology(write(tmp_path / "whole.tsv", whole))
+    packed = tmp_path / "packed.tsv.gz"
+    packed.write_bytes(gzip.compress(whole[:-1].encode()))
+    gene_ontology(packed)
+    assert not caplog.records
+    gene_ontology(write(tmp_path / "cut.tsv", whole[:-4]))
+    assert "may be cut off" in caplog.text
 
 
 def test_provenance(tmp_path):

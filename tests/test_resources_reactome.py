@@ -128,7 +128,7 @@ def test_download_is_used_without_path(files, monkeypatch):
     assert all(u.startswith("https://reactome.org/download/current/") for u in asked) and len(asked) == 3
 
 
-def test_bad_files(files, tmp_path):
+def test_bad_files(files, tmp_path, caplog):
     gmt, names, relation = files
     flat = reactome(gmt)  # gene sets alone work: no hierarchy, one level
     assert flat.n_levels == 1 and flat.genes("Some") == reactome(*files).genes("Some") and not flat.parents("Some")
@@ -148,6 +148,12 @@ def test_bad_files(files, tmp_path):
     cycle.write_text("parent\tchild\nR-HSA-1\tR-HSA-2\nR-HSA-2\tR-HSA-1\n")
     with pytest.raises(FileFormatError, match="cycle: R-HSA-1 -> R-HSA-2 -> R-HSA-1"):
         reactome(gmt, hierarchy=cycle)
+    half = tmp_path / "half.gmt"
+    half.write_text("Some\tR-HSA-1\tA\n")
+    tree = tmp_path / "tree.txt"
+    tree.write_text("R-HSA-1\tR-HSA-2\nR-HSA-1\tR-HSA-3\n")
+    assert reactome(half, hierarchy=tree).attrs["without_genes"] == ["R-HSA-2", "R-HSA-3"]
+    assert "2 of the 3 pathways of the hierarchy have no genes" in caplog.text
     cut = tmp_path / "cut.gmt.gz"
     cut.write_bytes(gmt.read_bytes()[:-20])
     with pytest.raises(FileFormatError, match="truncated"):

@@ -2,6 +2,7 @@
 
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --seeds 0 1 2 3 4
     SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --seeds 0 1 --published
+    SCPERT_TEST_DATA=... SCPERT_TEST_PRIORS=... python docs/scripts/biodsnn_norman.py --relatedness
 
 Folds are over perturbations; what a fold's training cells do not hold is unseen. Predictions are kept in ``--out`` and
 not made again, so that a run can be interrupted, or made seed by seed. All hyper-parameters are the defaults, or the
@@ -68,8 +69,8 @@ def stratum(label: str, train: set[str]) -> str:
     return "single" if len(targets) == 1 else f"seen {sum(t in train for t in targets)} of {len(targets)}"
 
 
-def predict(adata: AnnData, system: tuple, seed: int) -> tuple[np.ndarray, list[float]]:
-    """Shifts of the test labels of ``obs["split"]``, ``(perturbation, gene)``, labels sorted; trust in the network."""
+def predict(adata: AnnData, system: tuple, seed: int) -> dict[str, np.ndarray]:
+    """Shifts of the test labels of ``obs["split"]``, labels sorted, and their limits; trust in the network."""
     import scpert
 
     name, options, epochs = system
@@ -79,9 +80,49 @@ def predict(adata: AnnData, system: tuple, seed: int) -> tuple[np.ndarray, list[
     extra = {} if epochs is None else {"max_epochs": epochs}
     model.train(accelerator="cpu", random_state=seed, **extra)
     labels = sorted(set(adata.obs["perturbation"][adata.obs["split"] == "test"]))
-    delta = model.predict_perturbation(labels, on_unknown="mean").layers["delta"]
+    out = model.predict_perturbation(labels, on_unknown="mean")
+    base = out.X - out.layers["delta"]
+    found = {side: out.layers[side] - base for side in ("lower", "upper") if side in out.layers}
     trust = getattr(model, "_trust", {})
-    return delta, [trust.get("unseen", np.nan), trust.get("combination", np.nan)]
+    weights = np.array([trust.get("unseen", np.nan), trust.get("combination", np.nan)])
+    return {"delta": out.layers["delta"], "trust": weights, **found}
+
+
+def relatedness(adata: AnnData, nets: dict[str, pd.DataFrame], labels: list[str]) -> None:
+    """Whether targets that a graph joins have like effects: all that a graph can tell of an unseen target."""
+    control = _profile(adata, adata.obs["perturbation"] == "control")
+    shift = np.stack([_profile(adata, adata.obs["perturbation"] == x) for x in labels]) - control
+    shift -= shift.mean(axis=0)
+    r = np.corrcoef(shift)
+    targets = sorted({t for x in labels for t in x.split("+")})
+    at = {t: i for i, t in enumerate(targets)}
+    design = np.zeros((len(labels), len(targets)))
+    for i, x in enumerate(labels):
+        design[i, [at[t] for t in x.split("+")]] = 1
+    apart = np.triu(design @ design.T == 0, 1)  # pairs of perturbations without a common target
+    rng = np.random.default_rng(0)
+    print(f"# correlation of the centred effects of {apart.sum()} pairs of perturbations without a common target")
+    edges = {}
+    for name, net in nets.items():
+        link = np.zeros((len(targets), len(targets)))
+        here = net[net["source"].isin(at) & net["target"].isin(at) & (net["source"] != net["target"])]
+        link[here["source"].map(at), here["target"].map(at)] = 1
+        link = np.maximum(link, link.T)
+        edges[name] = {(targets[i], targets[j]) for i, j in np.argwhere(np.triu(link))}
+
+        def difference(link: np.ndarray) -> tuple[float, float, int]:
+            joined = (design @ link @ design.T > 0) & apart
+            return r[joined].mean() - r[apart & ~joined].mean(), r[joined].mean(), int(joined.sum())
+
+        found, mean, n = difference(link)
+        orders = [rng.permutation(len(targets)) for _ in range(2000)]
+        chance = np.array([difference(link[np.ix_(o, o)])[0] for o in orders])
+        held, p = int((link.sum(0) > 0).sum()), (1 + (chance >= found).sum()) / (1 + len(chance))
+        print(
+            f"{name:<14} joins {held} of {len(targets)} targets in {len(edges[name])} pairs, {n} pairs of effects: {mean:.3f}, minus all other pairs "
+            f"{found:+.3f} (targets exchanged: {chance.mean():+.3f} +- {chance.std():.3f}, p {p:.3f})"
+        )
+    print("# joined at the lowest level, but not by go:", sorted(edges["lowest level"] - edges["go"]))
 
 
 def limits(values: np.ndarray, rng: np.random.Generator) -> str:
@@ -97,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--published", action="store_true", help="the systems with the article's settings instead")
+    parser.add_argument("--relatedness", action="store_true", help="only: do joined targets have like effects?")
     parser.add_argument("--only", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("biodsnn_norman"))
     args = parser.parse_args()
@@ -121,7 +163,13 @@ def main() -> None:
         )
         scpert.pp.similarity_net(go).to_parquet(cache)
     nets = {"go": pd.read_parquet(cache)}
-    found, strata, trust = {}, {}, {}
+    if args.relatedness:
+        for name, level in (("all levels", None), ("lowest level", 1)):
+            nets[name] = scpert.pp.pathway_mask(targets, reactome, level=level)
+        relatedness(adata, nets, labels)
+        return
+    found, strata, trust, inside = {}, {}, {}, []
+    control = _profile(adata, adata.obs["perturbation"] == "control")
     for seed in args.seeds:
         order = np.random.default_rng(seed).permutation(len(labels))
         fold_of = {labels[i]: k % N_FOLDS for k, i in enumerate(order)}
@@ -139,14 +187,18 @@ def main() -> None:
                     continue
                 file = args.out / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}_{fold}.npz"
                 if not file.exists():
-                    delta, weight = predict(adata, system, seed)
-                    np.savez(file, delta=delta, trust=weight)
+                    np.savez(file, **predict(adata, system, seed))
                 saved = np.load(file)
                 trust.setdefault(name, []).append(saved["trust"])
                 found.update({(name, seed, x): row for x, row in zip(test, saved["delta"], strict=True)})
+                if "lower" in saved:
+                    observed = np.stack([_profile(adata, adata.obs["perturbation"] == x) for x in test]) - control
+                    within = np.where(
+                        np.isfinite(saved["lower"]), (observed >= saved["lower"]) & (observed <= saved["upper"]), np.nan
+                    )
+                    inside += [(name, strata[seed, x], row.mean()) for x, row in zip(test, within, strict=True)]
     complete = len(labels) * len(args.seeds)
     names = [n for n in systems(nets, args.published) if sum(k[0] == n for k in found) == complete]
-    control = _profile(adata, adata.obs["perturbation"] == "control")
     tables = []
     for name in names:
         for seed in args.seeds:
@@ -174,6 +226,10 @@ def main() -> None:
         weights = np.nanmean(trust[name], axis=0) if np.isfinite(trust[name]).any() else None
         if weights is not None:
             print(f"# {name}: mean trust in the network, unseen {weights[0]:.2f}, combinations {weights[1]:.2f}")
+    if inside:
+        print("# share of the observed values inside the 90 % limits")
+        share = pd.DataFrame(inside, columns=["model", "stratum", "share"])
+        print(share.pivot_table(index="model", columns="stratum", values="share", margins=True).round(3).to_string())
     ours = "BioDSNN, published" if args.published else "BioDSNN"
     rng = np.random.default_rng(0)
     for metric in METRICS:

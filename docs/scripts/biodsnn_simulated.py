@@ -99,13 +99,20 @@ def main() -> None:
             model = model_class(adata, **options)
             extra = {} if epochs is None else {"max_epochs": epochs, "accelerator": "cpu"}
             model.train(random_state=seed, **extra)
-            delta = model.predict_perturbation(test, on_unknown="mean").layers["delta"]
+            out = model.predict_perturbation(test, on_unknown="mean")
+            delta = np.asarray(out.layers["delta"])
             trust = getattr(model, "_trust", {})
-            for label, row in zip(test, np.asarray(delta), strict=True):
+            inside = np.full(delta.shape, np.nan)
+            if "lower" in out.layers:
+                truth = out.X - delta + observed.loc[test].to_numpy()
+                inside = ((truth >= out.layers["lower"]) & (truth <= out.layers["upper"])).astype(float)
+            for label, row, within in zip(test, delta, inside, strict=True):
                 use = ~adata.var_names.isin(label.split("+"))
                 error = ((row - observed.loc[label].to_numpy()) ** 2)[use].mean()
-                rows.append((name, seed, kind(label, train), error, trust.get("unseen"), trust.get("combination")))
-    table = pd.DataFrame(rows, columns=["model", "seed", "kind", "error", "trust unseen", "trust combination"])
+                shares = trust.get("unseen"), trust.get("combination"), within[use].mean()
+                rows.append((name, seed, kind(label, train), error, *shares))
+    columns = ["model", "seed", "kind", "error", "trust unseen", "trust combination", "inside"]
+    table = pd.DataFrame(rows, columns=columns)
     summed = table.pivot_table(index="model", columns=["kind", "seed"], values="error", sort=False)
     ratio = summed / summed.loc["PerturbedMean"]
     mean = ratio.T.groupby(level="kind").mean().T
@@ -115,6 +122,8 @@ def main() -> None:
         shown[column] = table.groupby("model")[column].mean().round(2)
     print(f"# squared error over that of the perturbed mean; mean ± sd of {len(args.seeds)} seeds")
     print(shown.to_string())
+    print("# share of the observed values inside the 90 % limits")
+    print(table.pivot_table(index="model", columns="kind", values="inside", margins=True).round(3).to_string())
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def check_unique_names(adata: AnnData) -> None:
 def check_net(net: pd.DataFrame, argument: str, *, known: Collection[str] | None = None) -> pd.DataFrame:
     """Return a clean copy of a net: ``source, target, weight``, no NaN, no self loop, no duplicate.
 
-    Self loops are dropped, duplicates averaged; if ``known`` is given, edges with other genes are
+    White space around names and self loops are dropped, duplicates averaged; if ``known`` is given, edges with other genes are
     dropped too and an empty rest raises.
     """
     if not isinstance(net, pd.DataFrame):
@@ -117,7 +117,13 @@ def check_net(net: pd.DataFrame, argument: str, *, known: Collection[str] | None
             f"{argument} lacks the column(s) {listing(missing)}; it has {listing(net.columns, 20)}. "
             "A net has the columns source, target and (optional) weight: rename yours with net.rename(columns=...)."
         )
-    source, target = net[K.SOURCE].astype(str), net[K.TARGET].astype(str)
+    nameless = net[[K.SOURCE, K.TARGET]].isna().any(axis=1).to_numpy()
+    if nameless.any():
+        raise ScpertError(
+            f"{argument} has {int(nameless.sum())} edge(s) without a source or target (NaN; first: row "
+            f"{net.index[nameless][0]!r}). Drop them (dropna), or read the file with keep_default_na=False."
+        )
+    source, target = (net[c].astype(str).str.strip() for c in (K.SOURCE, K.TARGET))
     weight = pd.to_numeric(net[K.WEIGHT], errors="coerce") if K.WEIGHT in net.columns else pd.Series(1.0, net.index)
     bad = ~np.isfinite(weight.to_numpy(dtype=float))
     if bad.any():

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from .. import _keys as K
-from .._checks import check_choice, check_net, check_positive, listing
+from .._checks import check_choice, check_net, check_positive, check_whole, listing
 from ..data._perturbation import join
 from ..errors import ScpertError
 from ._base import ClosedFormModel, Prediction, Reference
@@ -473,9 +473,11 @@ class LinearGRN(TargetwiseModel):
         super().__init__(adata, registry)
         self._remember(locals())
         self.net = None if net is None else check_net(net, "net", known=self.genes_)
+        if self.net is not None and self.net.empty:
+            raise ScpertError("net has no edge between two genes: pass regulators and targets, or net=None.")
         self.ridge = float(check_positive("ridge", ridge))
-        self.n_steps = int(check_positive("n_steps", n_steps))
-        self.max_regulators = int(check_positive("max_regulators", max_regulators))
+        self.n_steps = check_whole("n_steps", n_steps)
+        self.max_regulators = check_whole("max_regulators", max_regulators)
         self.regulators_ = np.zeros(0, dtype=np.int64)
 
     @cached_property

@@ -51,10 +51,8 @@ class _ConditionalModel(PerturbationModel):
             with torch.no_grad():
                 self.module.read.bias.copy_(mean)
 
-    def _decoded(
-        self, targets: tuple[str, ...], reference: Reference, batch_size: int, rng: np.random.Generator | None = None
-    ) -> np.ndarray:
-        """Decoded cells ``(cell, gene)``; with ``rng`` the latent is drawn, else it is its mean."""
+    def _decoded(self, targets: tuple[str, ...], reference: Reference, batch_size: int) -> np.ndarray:
+        """Decoded cells ``(cell, gene)``, from the means of their latents."""
         module, out = self.module, []
         values = reference.log1p
         codes = self._codes([targets])
@@ -64,10 +62,7 @@ class _ConditionalModel(PerturbationModel):
                 x = torch.as_tensor(values[rows].toarray(), dtype=torch.float32, device=self.device)
                 covariates = torch.as_tensor(reference.covariates[rows], device=self.device)
                 nothing = torch.full((len(x), 1), -1, dtype=torch.int64, device=self.device)
-                latent = module.inference(x, module.condition(nothing, covariates))
-                z = latent["mean"]
-                if rng is not None and module.log_variance is not None:
-                    z = z + torch.as_tensor(0.1 * rng.standard_normal(z.shape), dtype=z.dtype, device=z.device)
+                z = module.inference(x, module.condition(nothing, covariates))["mean"]
                 wanted = module.condition(codes.to(self.device).expand(len(x), -1), covariates)
                 out.append(module.generative(z, wanted)["mean"].cpu().numpy())
         return np.concatenate(out)

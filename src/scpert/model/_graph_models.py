@@ -341,7 +341,8 @@ class _GraphModel(PerturbationModel):
         gene_sd = np.sqrt(np.mean(scaled**2, axis=0) + 1e-8)
         self._calibration = {
             "gene_sd": gene_sd.astype(np.float32),
-            "width": float(np.quantile(scaled / gene_sd, 0.9)),
+            # 90 % of one perturbation more than there are (split conformal)
+            "width": float(np.quantile(scaled / gene_sd, min(1.0, 0.9 * (1 + 1 / len(scaled))))),
             "noise": float(np.median(self._prior.noise)),
         }
 

@@ -120,7 +120,7 @@ def similarity_net(
         raise ScpertError(
             "annotations has NaN in gene or term. Drop these rows (dropna), or read with keep_default_na=False."
         )
-    table = annotations[["gene", "term"]].astype(str)
+    table = annotations[["gene", "term"]].astype(str).apply(lambda column: column.str.strip())
     if genes is not None:
         wanted = {str(g) for g in genes}
         table = table[table["gene"].isin(wanted)]

@@ -291,6 +291,8 @@ def gene_ontology(
     form = _sniff(file) if format is None else check_choice("format", format, FORMATS)
     # A database's own GAF holds its organism alone, whose strain may have another number: do not filter it.
     table = _read_annotations(file, form, None if path is None and tax != "9606" else tax)
+    if table.empty and form in ("table", "gmt"):
+        raise FileFormatError(f"{file} has no line but its header. Download it again.")
     if table.empty:
         raise FileFormatError(
             f"{file} holds no annotation of organism={organism!r} (taxon {tax}). Name the organism of the file."

@@ -284,7 +284,8 @@ def reactome(
     Returns
     -------
     :class:`Reactome`; ``.attrs`` has ``source``, ``date``, ``licence``, ``sha256`` by file, and
-    ``not_in_hierarchy``: gene sets that the hierarchy does not place.
+    ``not_in_hierarchy``: gene sets that the hierarchy does not place; ``without_genes``: pathways of the hierarchy that
+    have no gene set.
 
     Raises
     ------
@@ -360,6 +361,14 @@ def reactome(
             f"The hierarchy {files['hierarchy']} places none of the pathways of {files['path']} (such as "
             f"{listing(sorted(sets), 3)}). Are both of organism={organism!r}?"
         )
+    empty = sorted(placed - set(sets))
+    if len(empty) > 0.1 * len(placed):
+        logger.warning(
+            "reactome: %d of the %d pathways of the hierarchy have no genes in %s: is it cut off, or of another release?",
+            len(empty),
+            len(placed),
+            files["path"],
+        )
     out = Reactome(sets, labels, edges)
     records = {k: provenance(f, LICENCE) for k, f in files.items()}
     out.attrs = {
@@ -370,6 +379,7 @@ def reactome(
         "files": records,
         "organism": organism,
         "not_in_hierarchy": sorted(set(sets) - placed),
+        "without_genes": empty,
         **report,
     }
     return out

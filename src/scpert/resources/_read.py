@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gzip
 import io
+import logging
 import re
 import warnings
 import zipfile
@@ -19,6 +20,8 @@ import pandas as pd
 from .._checks import listing
 from ..errors import FileFormatError, ScpertError
 from ._fetch import provenance as _record
+
+logger = logging.getLogger("scpert")
 
 __all__ = [
     "ancestors",
@@ -61,6 +64,11 @@ def local_file(path: Any, argument: str) -> Path:
         raise FileFormatError(f"{argument}={str(path)!r} is not a file.{there} Give the path of a downloaded file.")
     if path.stat().st_size == 0:
         raise FileFormatError(f"{argument}={str(path)!r} is empty. Download it again.")
+    with open(path, "rb") as raw:  # gzip, zip and parquet tell by themselves whether they are whole
+        plain = not raw.read(4).startswith((b"\x1f\x8b", b"PK", b"PAR1"))
+        raw.seek(-1, 2)
+        if plain and raw.read(1) not in (b"\n", b"\r"):
+            logger.warning("%s does not end with a line end: if it was downloaded, it may be cut off", path)
     return path
 
 

@@ -621,6 +621,21 @@ def genetic_interactions(
     if skipped:
         logger.warning("genetic_interactions: %d combinations lack a single: %s", len(skipped), listing(skipped))
     shifts = _Shifts(screen, int(n_boot), random_state)
+    if not shifts.effects:  # one cell has no error
+        lone = {p for p, i in shifts.row.items() if shifts.n[i] < 2}
+        if control in lone:
+            raise ScpertError(f"There is one control cell ({control!r}): shifts from it have no error. Measure more.")
+        skipped = sorted({p for _, p in jobs if lone & {*parse(p, control)}})
+        jobs = [job for job in jobs if job[1] not in skipped]
+        if not jobs:
+            raise ScpertError(
+                f"No combination can be analysed: each has a single perturbation of one cell ({listing(sorted(lone))}), "
+                "whose shift has no error. Measure more cells of these."
+            )
+        if skipped:
+            logger.warning(
+                "genetic_interactions: %d combinations have a single of one cell: %s", len(skipped), listing(skipped)
+            )
     rows = []
     for origin, label in progress(jobs, total=len(jobs), description="interactions", unit="combination"):
         options = (limits, min_zscore, int(min_genes), weighted, int(max_subsets), confidence)
