@@ -333,3 +333,14 @@ def test_response_finds_a_bend_and_leaves_a_straight_line_alone():
     noise = [rng.normal(size=(40, 50)) for _ in range(4)]
     response, apart = fit_response(noise, [1.0 * x for x in noise], [np.zeros(50)] * 4, noise)
     np.testing.assert_allclose(apart[0], noise[0], atol=0.1)
+
+
+def test_unseen_combinations_of_untrusted_targets_are_the_mean_once(fitted):
+    adata = fitted[0]
+    alike = pd.DataFrame({"gene": adata.obs_names, "term": "one"})
+    model = fit(adata[:60].copy(), knowledge={"all": alike})
+    assert model.trust_ == 0
+    out = model.predict_perturbation(["p70+p71", "p1+p70"])
+    np.testing.assert_allclose(out["p70+p71"].X[0], model.effects_.mean, atol=1e-6)
+    own = model.predict_perturbation("p1").X[0]
+    np.testing.assert_allclose(out["p1+p70"].X[0], own + model.effects_.mean, atol=1e-5)

@@ -232,8 +232,8 @@ class KnowledgeGP(KnowledgeModel):
     its own effect, shrunk to what the model would predict without it in proportion to its standard errors, where these are
     known. Combinations are sums over targets, times a scale, plus a low-rank interaction
     (ridge on :math:`u_a + u_b` and :math:`u_a \circ u_b`), both learned from training combinations by leave-one-out, and left out
-    where they do not help. ``layers["lower"]`` and ``["upper"]`` hold 90 % limits for a new measurement of the effect,
-    ``["std"]`` its standard deviation.
+    where they do not help; if all targets are unseen, as far as the knowledge is trusted, and the mean once for the rest.
+    ``layers["lower"]`` and ``["upper"]`` hold 90 % limits for a new measurement of the effect, ``["std"]`` its standard deviation.
 
     Examples
     --------
@@ -703,10 +703,12 @@ class KnowledgeGP(KnowledgeModel):
                 continue
             total = np.sum([shifts[x] for x in t], axis=0)
             if len(t) > 1:
-                total = self.interaction_["scale"] * total
+                # what stands for the mean in all of them is one mean, not their sum
+                trust = 1.0 if any(x in e.singles for x in t) or not unseen else self.trust_
+                total = self.interaction_["scale"] * (total - (1 - trust) * len(t) * e.mean) + (1 - trust) * e.mean
                 if self.interaction_["used"] and len(t) == 2:
                     pair = self._pair_features(self.interaction_["axes"], t[0], t[1], shifts=shifts)
-                    total = total + pair @ self.interaction_["weights"]
+                    total = total + trust * (pair @ self.interaction_["weights"])
             delta[i] = total
             std[i] = np.sqrt(np.sum([sds[x] ** 2 for x in t], axis=0))
             half[i] = std[i] * (self.quantile_ if any(x in unseen for x in t) else 1.645)
