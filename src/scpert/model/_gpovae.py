@@ -323,7 +323,6 @@ class GPOVAE(_Factored):
         KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
         process = KnowledgeGP(table, knowledge={k: v for k, v in tables.items() if k in self._used})
         process.train()
-        process.trust_ = 1.0  # how far it is followed is decided on measured effects, by the caller
         return process
 
     # ------------------------------------------------------------------------------------------ explanation and fit
