@@ -12,7 +12,7 @@ import scpert
 from scpert.data._effects import Effects
 from scpert.errors import ScpertError
 from scpert.model import CPAVAE, CRADLEVAE, GPOVAE, SAMSVAE
-from scpert.model._factored import matched_effects, signed_evidence
+from scpert.model._factored import signed_evidence
 from scpert.model._gpovae import knowledge_share
 from scpert.nn._layers import SplitLinear
 from scpert.nn._stats import (
@@ -242,21 +242,22 @@ def test_a_stratum_without_controls_is_refused():
 
 
 def test_effects_within_strata_where_validation_cells_are_few():
-    """Strata without two controls are left out, and a perturbation only there has no standard error."""
+    """Strata without two controls are left out, and perturbations that are only there with them."""
     adata = confounded()
     screen = scpert.data.Screen(adata)
     strata = (adata.obs["batch"] == "b2").to_numpy().astype(int)
     lost = sorted(set(adata.obs["perturbation"]) - {"control"})[0]
     mask = ~(screen.is_control & (strata == 1)) & ~((screen.labels == lost) & (strata == 0))
-    pooled = Effects.from_screen(screen, mask)
-    found = matched_effects(screen, pooled, strata, mask)
+    found = Effects.from_screen(screen, mask, strata)
     alone = Effects.from_screen(screen, mask & (strata == 0))
-    rows = [i for i, x in enumerate(pooled.labels) if x != lost]
-    assert list(alone.labels) == list(pooled.labels[rows])
-    np.testing.assert_allclose(found.delta[rows], alone.delta, atol=1e-6)
-    np.testing.assert_allclose(found.std_error[rows], alone.std_error, rtol=1e-5)
-    missing = list(pooled.labels).index(lost)
-    assert np.isnan(found.std_error[missing]).all() and not found.delta[missing].any()
+    assert list(found.labels) == list(alone.labels) and lost not in found.labels
+    np.testing.assert_allclose(found.delta, alone.delta, atol=1e-6)
+    np.testing.assert_allclose(found.std_error, alone.std_error, rtol=1e-5)
+    np.testing.assert_allclose(found.control_mean, alone.control_mean, atol=1e-6)
+    one = Effects.from_screen(screen, mask, np.zeros(len(strata), dtype=int))  # a single stratum is no stratum
+    pooled = Effects.from_screen(screen, mask)
+    np.testing.assert_allclose(one.delta, pooled.delta, atol=1e-6)
+    np.testing.assert_allclose(one.std_error, pooled.std_error, rtol=1e-5)
 
 
 def test_gpovae_recovers_effects_and_beats_few_noisy_cells():
@@ -281,13 +282,14 @@ def test_gpovae_recovers_effects_and_beats_few_noisy_cells():
 def test_unseen_targets_need_knowledge_and_use_it():
     """Effects shared within modules: the rows of a held-out gene come from its module; without knowledge it is refused."""
     adata = scpert.datasets.simulated(
-        n_cells=3000,
+        n_cells=2400,
         n_genes=80,
-        n_targets=24,
+        n_targets=30,
         n_combinations=0,
         n_modules=3,
-        n_regulators=30,
+        n_regulators=36,
         mean_out_degree=10,
+        effect_size=1.5,
         platform="targeted",
         random_state=0,
     )
@@ -310,7 +312,28 @@ def test_unseen_targets_need_knowledge_and_use_it():
     mean = np.tile(model.effects_.mean, (len(held), 1))
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(out.layers["delta"], truth, strict=True)]
     base = [np.corrcoef(a, b)[0, 1] for a, b in zip(mean, truth, strict=True)]
-    assert np.mean(r) > np.mean(base)
+    assert np.mean(r) > np.mean(base) + 0.05  # followed, not just the mean
+
+    # the network of genes that were never perturbed: by knowledge, on request, and nearer to the truth than the mean row
+    assert not model.get_grn(threshold=0.0)["inferred"].any()
+    net = model.get_grn(threshold=0.0, regulators=[held[0], model.effects_.labels[0]])
+    assert net.groupby("source")["inferred"].agg(["min", "max"]).loc[held[0]].all() and not net["inferred"].all()
+    assert net["probability"].between(0, 1).all() and (net["std"] > 0).all()
+    with pytest.raises(scpert.errors.UnknownTargetError, match="never perturbed, and knowledge= says nothing"):
+        model.get_grn(regulators=["NOSUCHGENE"])
+    with pytest.raises(scpert.errors.UnknownTargetError, match="never perturbed"):
+        plain.get_grn(regulators=held[:1])
+    seen = adata[adata.obs["split"] == "train"].copy()
+    for regulators in (held, [*held, *model.effects_.labels]):
+        scpert.tl.infer_grn(seen, method="gpovae", model=model, regulators=regulators, threshold=0)
+        found = scpert.get.grn_df(seen)
+        assert set(found["source"]) == set(regulators)
+    weight = found.pivot(index="source", columns="target", values="weight").reindex(columns=seen.var_names).fillna(0)
+    under = -truth  # a knock-down: signs follow the activity
+    r = [np.corrcoef(weight.loc[x], row)[0, 1] for x, row in zip(held, under, strict=True)]
+    assert np.mean(r) > 0.2
+    scpert.tl.infer_grn(seen, method="gpovae", model=plain, regulators=[held[0], model.effects_.labels[0]], threshold=0)
+    assert held[0] not in set(scpert.get.grn_df(seen)["source"])
 
 
 def test_explain_and_iwelbo(small_screen):
@@ -358,6 +381,7 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
     assert "no better than the mean" in caplog.text
     mean = np.maximum(model.reference_.mean + model.effects_.mean, 0)
     np.testing.assert_allclose(out.X, np.tile(mean, (2, 1)), rtol=1e-4, atol=1e-5)
+    assert model.get_grn(threshold=0.0, regulators=held).empty and "get no edges" in caplog.text
 
 
 def test_knowledge_is_judged_beside_the_mean_that_it_would_replace(monkeypatch):

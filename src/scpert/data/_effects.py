@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from ..errors import LabelError, ScpertError
 from ._perturbation import parse
 from ._screen import Screen
 
-__all__ = ["Effects"]
+__all__ = ["Effects", "effects_in_strata"]
 
 logger = logging.getLogger("scpert")
 
@@ -51,10 +53,16 @@ class Effects:
     control: str = K.CONTROL
 
     @classmethod
-    def from_screen(cls, screen: Screen, mask: np.ndarray | None = None) -> Effects:
-        """Compute the effects of the cells in ``mask`` (all by default) in one pass."""
+    def from_screen(cls, screen: Screen, mask: np.ndarray | None = None, strata: np.ndarray | None = None) -> Effects:
+        """Compute the effects of the cells in ``mask`` (all by default) in one pass.
+
+        With ``strata``, codes ``(cell,)``, each cell is compared with the controls of its own stratum, and strata with fewer
+        than two controls are left out.
+        """
         if screen.scale == K.SCALE_EFFECTS:
             return cls._from_table(screen, mask)
+        if strata is not None:
+            return cls._in_strata(screen, mask, strata)
         moments = screen.moments(mask=mask)
         where = np.flatnonzero(moments.groups == screen.control)
         if len(where) == 0:
@@ -72,6 +80,23 @@ class Effects:
             std_error=np.sqrt(se2[rows] + np.nan_to_num(se2[c])).astype(np.float32),
             n_cells=moments.n[rows],
             control_mean=moments.mean[c].astype(np.float32),
+            genes=np.asarray(screen.genes, dtype=object),
+            control=screen.control,
+        )
+
+    @classmethod
+    def _in_strata(cls, screen: Screen, mask: np.ndarray | None, strata: np.ndarray) -> Effects:
+        use = np.ones(screen.n_cells, dtype=bool) if mask is None else np.asarray(mask, dtype=bool)
+        controls = np.bincount(strata[use & screen.is_control], minlength=int(strata.max()) + 1)
+        use = use & (controls > 1)[strata]
+        labels = np.unique(screen.labels[use & ~screen.is_control].astype(str)).astype(object)
+        delta, error, _, n, control_mean = effects_in_strata(screen, list(labels), strata, mask=use)
+        return cls(
+            labels=labels,
+            delta=delta.astype(np.float32),
+            std_error=error.astype(np.float32),
+            n_cells=n,
+            control_mean=control_mean.astype(np.float32),
             genes=np.asarray(screen.genes, dtype=object),
             control=screen.control,
         )
@@ -160,3 +185,89 @@ class Effects:
             self.genes,
             self.control,
         )
+
+
+def effects_in_strata(
+    screen: Screen,
+    perturbations: Sequence[str],
+    strata: np.ndarray,
+    *,
+    mask: np.ndarray | None = None,
+    cautious: bool = False,
+    progress: Callable[[Any], Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    r"""Effects of perturbations, each cell beside the control cells of its own stratum.
+
+    .. math:: d_p = \sum_s w_{ps} (m_{ps} - m_{cs}), \qquad
+        s_p^2 = \frac{v_p}{n_p} + \sum_s w_{ps}^2 \frac{v_{cs}}{n_{cs}}, \qquad w_{ps} = n_{ps} / n_p
+
+    with the variance :math:`v_p` of the perturbed cells pooled within strata. NaN where the variance of either is unknown.
+
+    Parameters
+    ----------
+    screen
+        Cells.
+    perturbations
+        Labels ``(perturbation,)``.
+    strata
+        Stratum of each cell, codes ``(cell,)``; 0 everywhere compares all with all. A stratum with perturbed cells needs
+        controls.
+    mask
+        Cells that count, boolean ``(cell,)``.
+    cautious
+        The variance of the perturbed cells counts at least as much as that of their controls, and the results are float32.
+    progress
+        Wraps the iterator over chunks (a progress bar).
+
+    Returns
+    -------
+    Shift, standard error, Welch's degrees of freedom ``(perturbation, gene)``, cells ``(perturbation,)``, and the mean of the
+    controls ``(gene,)``.
+    """
+    labels = [screen.control, *perturbations]
+    code = pd.Index(labels).get_indexer(pd.Index(screen.labels))
+    n_strata = int(strata.max(initial=0)) + 1
+    use = code >= 0 if mask is None else mask & (code >= 0)
+    size = np.zeros((len(labels), n_strata), dtype=np.int64)
+    np.add.at(size, (code[use], strata[use]), 1)
+    moments = screen.moments(code * n_strata + strata, mask=use, progress=progress)
+    group = {int(g): i for i, g in enumerate(moments.groups)}
+
+    def rows(label: int) -> tuple[np.ndarray, list[int]]:
+        present = np.flatnonzero(size[label])
+        return present, [group[label * n_strata + int(s)] for s in present]
+
+    n_genes = len(screen.genes)
+    shift = np.empty((len(perturbations), n_genes), dtype=np.float32 if cautious else np.float64)
+    error, freedom = np.empty_like(shift), np.empty_like(shift)
+    control_row = np.full(n_strata, -1)
+    present, index = rows(0)
+    control_row[present] = index
+    share = size[0] / max(size[0].sum(), 1)
+    control_mean = share[present] @ moments.mean[index]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        control_var = np.full((n_strata, n_genes), np.nan)
+        seen = np.flatnonzero(control_row >= 0)
+        control_var[seen] = moments.var[control_row[seen]] / moments.n[control_row[seen], None]
+        for p in range(1, len(labels)):
+            present, index = rows(p)
+            own, n = moments.n[index], size[p].sum()
+            weight = own / n
+            c = control_row[present]
+            shift[p - 1] = weight @ (moments.mean[index] - moments.mean[c])
+            dof = int((own - 1).sum())
+            many = own > 1
+            freedom_own = max(dof, 1)
+            if dof > 0:
+                pooled = ((own[many] - 1)[:, None] * moments.var[np.asarray(index)[many]]).sum(axis=0) / dof / n
+            else:
+                pooled = np.full(n_genes, np.nan)
+            if cautious:
+                pooled = np.fmax(pooled, weight @ moments.var[c] / n)
+                freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
+            parts = weight[:, None] ** 2 * control_var[present]
+            variance = pooled + parts.sum(axis=0)
+            error[p - 1] = np.sqrt(variance)
+            spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + pooled**2 / freedom_own
+            freedom[p - 1] = variance**2 / spread
+    return shift, error, freedom, size[1:].sum(axis=1), control_mean

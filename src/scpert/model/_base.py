@@ -614,7 +614,7 @@ class PerturbationModel(BaseModel):
     def _learn_reference(self, random_state: int = 0) -> None:
         """Compute the effects of the training cells and keep control cells to predict from."""
         screen, mask = self._screen, self._train_mask()
-        self.effects_ = Effects.from_screen(screen, mask)
+        self.effects_ = self._effects_of(mask)
         if len(self.effects_.labels) == 0:
             raise LabelError("No perturbed cell is among the training cells: nothing to learn from.")
         if screen.scale == K.SCALE_EFFECTS:
@@ -629,6 +629,10 @@ class PerturbationModel(BaseModel):
         if len(rows) > MAX_REFERENCE_CELLS:
             rows = np.sort(np.random.default_rng(random_state).choice(rows, MAX_REFERENCE_CELLS, replace=False))
         self.reference_ = replace(self._reference_from(screen, rows), population=self.effects_.control_mean)
+
+    def _effects_of(self, mask: np.ndarray) -> Effects:
+        """Effects of the cells in ``mask``."""
+        return Effects.from_screen(self._screen, mask)
 
     def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
         values = screen.rows(rows, normalised=False)

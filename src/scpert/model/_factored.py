@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -61,51 +60,6 @@ def signed_evidence(delta: np.ndarray, std_error: np.ndarray, n_iterations: int 
         pi0 = float(np.clip(1 - p.mean(), 0.02, 0.9999))
         tau2 = float(np.clip((p * flat**2).sum() / max(p.sum(), 1e-9) - 1, 3.0, 1e4))
     return (np.sign(z) * posterior(z)).astype(np.float32), z
-
-
-def matched_effects(screen: Screen, effects: Effects, strata: np.ndarray, mask: np.ndarray) -> Effects:
-    r"""``effects`` with each cell compared with the control cells of its own stratum.
-
-    .. math:: d_p = \sum_s w_{ps} (m_{ps} - m_{cs}), \qquad
-        s_p^2 = \sum_s w_{ps}^2 \left( \frac{v_{ps}}{n_{ps}} + \frac{v_{cs}}{n_{cs}} \right), \qquad w_{ps} = n_{ps} / n_p
-
-    for the strata :math:`s` with two control cells or more; the variance :math:`v_{ps}` is pooled over the strata.
-
-    Parameters
-    ----------
-    screen, mask
-        Cells, and which of them count, boolean ``(cell,)``.
-    effects
-        Effects of the same cells without strata.
-    strata
-        Stratum of each cell, codes ``(cell,)``.
-    """
-    labels = np.concatenate([[effects.control], effects.labels.astype(str)])
-    n_strata = int(strata.max()) + 1
-    code = pd.Index(labels).get_indexer(pd.Index(screen.labels.astype(str))) * n_strata + strata
-    size = np.bincount(code[mask], minlength=len(labels) * n_strata).reshape(len(labels), n_strata)
-    moments = screen.moments(code, mask=mask & (size[0] > 1)[strata])
-    row = {int(g): i for i, g in enumerate(moments.groups)}
-    delta, error, n_cells = (
-        np.zeros_like(effects.delta),
-        np.full_like(effects.std_error, np.nan),
-        np.zeros(len(labels) - 1),
-    )
-    for p in range(1, len(labels)):
-        present = np.flatnonzero((size[p] > 0) & (size[0] > 1))
-        if len(present) == 0:
-            continue
-        own, control = ([row[k * n_strata + int(s)] for s in present] for k in (p, 0))
-        n = moments.n[own]
-        weight, many = (n / n.sum())[:, None], n > 1
-        delta[p - 1] = (weight * (moments.mean[own] - moments.mean[control])).sum(axis=0)
-        n_cells[p - 1] = n.sum()
-        if many.any():
-            freedom = (n[many] - 1)[:, None]
-            pooled = (freedom * moments.var[np.asarray(own)[many]]).sum(axis=0) / freedom.sum()
-            controls = (weight**2 * moments.var[control] / moments.n[control][:, None]).sum(axis=0)
-            error[p - 1] = np.sqrt(pooled / n.sum() + controls)
-    return replace(effects, delta=delta, std_error=error, n_cells=n_cells)
 
 
 def _quality_values(screen: Screen, counts: sparse.csr_matrix, criteria: Sequence[str] | None) -> dict[str, np.ndarray]:
@@ -205,22 +159,22 @@ class _Factored(PerturbationModel):
             else np.zeros(len(codes), int)
         )
 
-    def _learn_reference(self, random_state: int = 0) -> None:
+    def _effects_of(self, mask: np.ndarray) -> Effects:
         """Effects within the strata of the covariates, where there are any."""
-        super()._learn_reference(random_state)
-        if not self.covariates_:
-            return
+        return Effects.from_screen(self._screen, mask, self._strata() if self.covariates_ else None)
+
+    def _learn_reference(self, random_state: int = 0) -> None:
         screen, mask, strata = self._screen, self._train_mask(), self._strata()
         controls = np.bincount(strata[mask & screen.is_control], minlength=int(strata.max()) + 1)
         lost = mask & ~screen.is_control & (controls < 2)[strata]
-        if lost.any():
+        if self.covariates_ and lost.any():
             table = screen.adata.obs.loc[lost, list(self.covariates_)].astype(str)
             names = table.agg(" / ".join, axis=1).unique()
             raise ScpertError(
                 f"{len(names)} stratum/strata of covariate_keys have perturbed training cells but fewer than two control "
                 f"cells: {listing(names, 5)}. Drop these cells, merge strata, or leave the covariate out."
             )
-        self.effects_ = matched_effects(screen, self.effects_, strata, mask)
+        super()._learn_reference(random_state)
 
     def _before_training(self, random_state: int) -> None:
         """Start where the training cells are: mean rates, dispersions and shrunken effects."""
@@ -350,9 +304,7 @@ class _Factored(PerturbationModel):
         mask[splitter.val_idx] = True
         if not (mask & self._screen.is_control).any() or not (mask & ~self._screen.is_control).any():
             return 1.0, 0.0
-        held = Effects.from_screen(self._screen, mask)
-        if self.covariates_:
-            held = matched_effects(self._screen, held, self._strata(), mask)
+        held = self._effects_of(mask)
         mine = [self.effects_.row[label] for label in held.labels if label in self.effects_.row]
         theirs = [i for i, label in enumerate(held.labels) if label in self.effects_.row]
         noise = held.std_error[theirs].astype(np.float64) ** 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -206,48 +206,102 @@ class GPOVAE(_Factored):
         if published:
             self._plan_defaults = {**self._plan_defaults, "lr": 3e-4}
 
-    def get_grn(self, *, threshold: float = 0.5) -> pd.DataFrame:
+    def get_grn(self, *, threshold: float = 0.5, regulators: Sequence[str] | None = None) -> pd.DataFrame:
         """The network in the model.
 
         Parameters
         ----------
         threshold
             Least probability of an edge.
+        regulators
+            Sources to read out; default: every target that was trained on. With ``knowledge=`` they may be genes that were
+            never perturbed: their rows, of probabilities and of mask x effect, come from those of the training targets by
+            a Gaussian process, and are followed beyond the mean row as far as held-out training targets confirm it. If they
+            do not, such a gene has no edges, and a warning says so.
 
         Returns
         -------
         A net: ``source`` (target of perturbations), ``target`` (measured gene), ``weight`` (signed: probability x mean
         log fold change under the perturbation, see ``grn_sign``), ``probability``, ``std`` (posterior standard deviation
-        of mask x effect); strongest edges first. A target's effect on itself is left out.
+        of mask x effect; predictive for an inferred row), ``inferred`` (the source was never perturbed); strongest edges
+        first. A target's effect on itself is left out.
+
+        Raises
+        ------
+        UnknownTargetError
+            If a regulator was neither trained on nor is known to ``knowledge=``.
         """
         self._check_trained()
         check_fraction("threshold", threshold)
-        probability, weight, std = self._network()
-        trained = np.array([t in self._trained_targets for t in self.targets_])
-        keep = (probability > threshold) & trained[:, None] & (weight != 0)
-        own = self._target_gene >= 0
-        keep[np.flatnonzero(own), self._target_gene[own]] = False
+        trained = [t for t in self.targets_ if t in self._trained_targets]
+        names = (
+            trained if regulators is None else list(dict.fromkeys(np.atleast_1d(np.asarray(regulators, dtype=object))))
+        )
+        probability, weight, std = self._network(names)
+        keep = (probability > threshold) & (weight != 0)
+        own = pd.Index(self.genes_).get_indexer(pd.Index(names))
+        keep[np.flatnonzero(own >= 0), own[own >= 0]] = False
         source, target = np.nonzero(keep)
         net = pd.DataFrame(
             {
-                K.SOURCE: np.asarray(self.targets_, dtype=object)[source],
+                K.SOURCE: np.asarray(names, dtype=object)[source],
                 K.TARGET: np.asarray(self.genes_, dtype=object)[target],
                 K.WEIGHT: weight[source, target],
                 "probability": probability[source, target],
                 "std": std[source, target],
+                "inferred": ~np.isin(names, trained)[source],
             }
         )
         order = np.argsort(-net[K.WEIGHT].abs().to_numpy(), kind="stable")
         return net.iloc[order].reset_index(drop=True)
 
-    def _network(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Probability of each edge, probability x mean effect, and posterior standard deviation ``(target, gene)``."""
-        rows = torch.arange(len(self.targets_), device=self.device)
+    def _network(self, regulators: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Probability of each edge, probability x mean effect, and its standard deviation ``(regulator, gene)``."""
+        inferred = [r for r in regulators if r not in self._trained_targets]
+        unknown = [r for r in inferred if not self._covers(r)]
+        if unknown:
+            known = sorted(self._trained_targets | self._graph_targets())
+            hints = {r: suggest(r, known) for r in unknown}
+            first = next((f" Did you mean {listing(h)}?" for h in hints.values() if h), "")
+            raise UnknownTargetError(
+                f"regulators= holds {listing(unknown)}: never perturbed, and knowledge= says nothing of them.{first} Name "
+                f"trained targets such as {listing(sorted(self._trained_targets), 4)}, or train with knowledge= of these genes.",
+                tuple(unknown),
+                hints,
+            )
+        rows = pd.Index(self.targets_).get_indexer(pd.Index(np.asarray(regulators, dtype=object)))
+        index = torch.from_numpy(np.where(np.isin(regulators, inferred), 0, rows)).to(self.device)
         with torch.inference_mode():
             probability = torch.sigmoid(self.module.mask_logits)
-            loc, log_scale = self.module.effect_parameters(rows, probability)
+            loc, log_scale = self.module.effect_parameters(index, probability[index])
+            probability = probability[index]
             variance = probability * torch.exp(2 * log_scale) + probability * (1 - probability) * loc**2
-        return probability.cpu().numpy(), (probability * loc).cpu().numpy(), torch.sqrt(variance).cpu().numpy()
+        chance, weight, std = (a.cpu().numpy() for a in (probability, probability * loc, torch.sqrt(variance)))
+        if inferred:
+            where = np.flatnonzero(np.isin(regulators, inferred))
+            chance[where], weight[where], std[where] = self._inferred_rows([regulators[i] for i in where])
+        return chance, weight, std
+
+    def _inferred_rows(self, genes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What :meth:`_network` gives, for genes that were never perturbed; 0 where knowledge is not confirmed."""
+        centre, process, share = self._rows_from_knowledge
+        if share == 0:
+            logger.warning(
+                "knowledge predicts held-out training targets no better than the mean: %s, never perturbed, get no edges.",
+                listing(genes),
+            )
+            nothing = np.zeros((len(genes), self.n_genes), dtype=np.float32)
+            return nothing, nothing.copy(), nothing.copy()
+        found = process.predict_perturbation(genes, on_unknown="mean")[genes]
+        singles = [t for t in self.targets_ if t in self.effects_.singles]
+        chance = self._network(singles)[0]
+        likely = _rows_of(self._fit_rows(singles, chance), genes)
+        mean = chance.mean(axis=0)
+        return (
+            np.clip(mean + share * (likely - mean), 0.0, 1.0).astype(np.float32),
+            (centre + share * (np.asarray(found.layers[K.DELTA]) - centre)).astype(np.float32),
+            np.asarray(found.layers[K.STD], dtype=np.float32),
+        )
 
     # ------------------------------------------------------------------------------------------ prior knowledge
 

@@ -14,6 +14,7 @@ from .._checks import check_obs_key, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
+from ..data._effects import effects_in_strata
 from ..data._screen import CHUNK_ROWS
 from ..errors import ScpertError
 
@@ -240,64 +241,21 @@ def effects_of_cells(
     *,
     cautious: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Shift, standard error, degrees of freedom ``(perturbation, gene)``, cells, and the mean of the controls.
-
-    ``cautious`` (networks): the variance of the perturbed cells counts at least as much as that of their controls, and the
-    results are float32.
-    """
+    """:func:`~scpert.data._effects.effects_in_strata` of all cells; a stratum without controls is refused."""
     strata, names = strata_of(screen.adata, covariate_keys)
-    labels = [screen.control, *perturbations]
-    code = pd.Index(labels).get_indexer(pd.Index(screen.labels))
-    size = np.zeros((len(labels), len(names)), dtype=np.int64)
-    np.add.at(size, (code, strata), 1)
-    needed = size[1:].sum(axis=0) > 0
-    if len(names) > 1 and (needed & (size[0] < 2)).any():
-        short = [names[s] for s in np.flatnonzero(needed & (size[0] < 2))]
+    n_controls = np.bincount(strata[screen.is_control], minlength=len(names))
+    needed = np.bincount(strata[~screen.is_control], minlength=len(names)) > 0
+    if len(names) > 1 and (needed & (n_controls < 2)).any():
+        short = [names[s] for s in np.flatnonzero(needed & (n_controls < 2))]
         raise ScpertError(
             f"{len(short)} stratum/strata of covariate_keys have perturbed cells but fewer than two control cells: "
             f"{listing(short, 5)}. Drop these cells, merge strata, or leave the covariate out."
         )
     total = screen.n_cells // CHUNK_ROWS + 1
-    moments = screen.moments(
-        code * len(names) + strata, progress=lambda x: progress(x, total=total, description="effects", unit="block")
+    return effects_in_strata(
+        screen,
+        perturbations,
+        strata,
+        cautious=cautious,
+        progress=lambda x: progress(x, total=total, description="effects", unit="block"),
     )
-    group = {int(g): i for i, g in enumerate(moments.groups)}
-
-    def rows(label: int) -> tuple[np.ndarray, list[int]]:
-        present = np.flatnonzero(size[label])
-        return present, [group[label * len(names) + int(s)] for s in present]
-
-    n_genes = len(screen.genes)
-    shift = np.empty((len(perturbations), n_genes), dtype=np.float32 if cautious else np.float64)
-    error, freedom = np.empty_like(shift), np.empty_like(shift)
-    control_row = np.full(len(names), -1)
-    present, index = rows(0)
-    control_row[present] = index
-    share = size[0] / max(size[0].sum(), 1)
-    control_mean = share[present] @ moments.mean[index]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        control_var = np.full((len(names), n_genes), np.nan)
-        seen = np.flatnonzero(control_row >= 0)
-        control_var[seen] = moments.var[control_row[seen]] / moments.n[control_row[seen], None]
-        for p in range(1, len(labels)):
-            present, index = rows(p)
-            own, n = moments.n[index], size[p].sum()
-            weight = own / n
-            c = control_row[present]
-            shift[p - 1] = weight @ (moments.mean[index] - moments.mean[c])
-            dof = int((own - 1).sum())
-            many = own > 1
-            freedom_own = max(dof, 1)
-            if dof > 0:
-                pooled = ((own[many] - 1)[:, None] * moments.var[np.asarray(index)[many]]).sum(axis=0) / dof / n
-            else:
-                pooled = np.full(n_genes, np.nan)
-            if cautious:
-                pooled = np.fmax(pooled, weight @ moments.var[c] / n)
-                freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
-            parts = weight[:, None] ** 2 * control_var[present]
-            variance = pooled + parts.sum(axis=0)
-            error[p - 1] = np.sqrt(variance)
-            spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + pooled**2 / freedom_own
-            freedom[p - 1] = variance**2 / spread
-    return shift, error, freedom, size[1:].sum(axis=1), control_mean

@@ -53,6 +53,9 @@ class Problem:
     random_state: int
     options: dict[str, Any]
     unmeasured: list[str] = field(default_factory=list)  # regulators of which the method can say nothing
+    inferred: list[str] = field(
+        default_factory=list
+    )  # among the regulators: never perturbed, but knowledge tells of them
 
     @property
     def position(self) -> np.ndarray:
@@ -131,7 +134,8 @@ def infer_grn(
     covariate_keys
         Columns (batch, donor ...) within which cells are compared with controls.
     regulators
-        Candidate regulators; by default every target of a single perturbation.
+        Candidate regulators; by default every target of a single perturbation. ``"gpovae"`` with ``knowledge=`` (or a model
+        trained with it) takes genes that were never perturbed, too.
     prior
         A net (``source, target`` and optional ``weight``) as soft weights: its edges need less evidence,
         none is excluded.
@@ -375,6 +379,7 @@ def _problem(
     perturbed = sorted({t[0] for p in screen.perturbations if len(t := parse(p, control)) == 1})
     measured = set(screen.genes)
     unmeasured: list[str] = []  # of methods over cells: nothing can be said of them
+    inferred: list[str] = []
     if regulators is not None:
         names = list(dict.fromkeys([regulators] if isinstance(regulators, str) else map(str, regulators)))
         known = measured | set(perturbed)
@@ -388,10 +393,13 @@ def _problem(
                 hints,
             )
         if method in ("interventional", "sparse_inverse", "gpovae"):
-            lost = [r for r in names if r not in set(perturbed)]
+            if method == "gpovae":
+                never = set(names) - {t for p in screen.perturbations for t in parse(p, control)}
+                inferred = [r for r in names if r in never & _known_to_gpovae(options)]
+            lost = [r for r in names if r not in {*perturbed, *inferred}]
             if lost:
                 logger.warning("%s: %s never perturbed singly, left out.", method, listing(lost))
-            names = [r for r in names if r in set(perturbed)]
+            names = [r for r in names if r not in set(lost)]
         else:
             unmeasured = [r for r in names if r not in measured]
             names = [r for r in names if r in measured]
@@ -438,7 +446,17 @@ def _problem(
         random_state=random_state,
         options=dict(options),
         unmeasured=unmeasured,
+        inferred=inferred,
     )
+
+
+def _known_to_gpovae(options: dict[str, Any]) -> set[str]:
+    """Genes that the knowledge of a GPO-VAE, trained or to be trained, says something of."""
+    from ..model._knowledge import read_knowledge
+
+    model = options.get("model")
+    tables = read_knowledge(options.get("knowledge")) if model is None else model._features
+    return set().union(*(f.known for f in tables.values()))
 
 
 def _why_none(method: str, asked: Sequence[str] | None, perturbed: list[str], perturbations: Sequence[str]) -> str:

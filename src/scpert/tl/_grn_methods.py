@@ -471,31 +471,44 @@ def gpovae(problem: Problem) -> Scores:
     if trained is None:
         trained = _train_gpovae(problem, options, max_epochs)
     trained._check_trained()
-    position = problem.position
-    rows = pd.Index(trained.targets_).get_indexer(pd.Index(problem.regulators))
-    columns = pd.Index(trained.genes_).get_indexer(pd.Index(problem.genes))
-    if (rows < 0).any() or (columns < 0).any():
-        missing = [*np.asarray(problem.regulators)[rows < 0], *np.asarray(problem.genes)[columns < 0]]
+    names = problem.regulators
+    genes, columns = pd.Index(trained.genes_), pd.Index(trained.genes_).get_indexer(pd.Index(problem.genes))
+    missing = [*(r for r in names if r not in {*trained.targets_, *problem.inferred}), *problem.genes.difference(genes)]
+    if missing:
         raise ScpertError(
             f"The model was not trained on {listing(missing)}. Give regulators= and genes that it knows, or let "
             "infer_grn train one (model=None)."
         )
-    probability, effect, std = (a[rows][:, columns] for a in trained._network())
+    probability, effect, std = (a[:, columns] for a in trained._network(names))
     # the model's effects are log fold changes under the perturbation: turned into signs of the regulator's activity
-    measured = total_effects(problem, carriers=direct and carriers)
-    weight = measured.sign[:, None] * effect
+    perturbed = [r for r in names if r not in problem.inferred]
+    seen = replace(problem, regulators=perturbed or sorted(trained.effects_.singles))
+    measured = total_effects(seen, carriers=direct and carriers)
+    row = pd.Index(seen.regulators).get_indexer(pd.Index(names))
+    usual = 1.0 if measured.sign.sum() > 0 else -1.0  # of a gene that was never perturbed, the others decide
+    sign = np.where(row >= 0, measured.sign[row], usual)
+    weight = sign[:, None] * effect
     if direct:
-        # the network's effect is the mean over all cells of a perturbation, carriers or not
-        decoded = _decoded_effects(trained, problem, columns, measured.error) / np.maximum(measured.share, 0.1)[:, None]
-        shift = (measured.shift + decoded) / 2
-        zscore, _ = welch(shift, measured.error, np.inf)
-        factor, _ = indirect_discount(shift, measured.noise, measured.sign, position)
-        weight = measured.sign[:, None] * np.nan_to_num(zscore) * factor
+        weight = np.zeros_like(weight)
+        if perturbed:
+            # the network's effect is the mean over all cells of a perturbation, carriers or not
+            decoded = _decoded_effects(trained, seen, columns, measured.error)
+            shift = (measured.shift + decoded / np.maximum(measured.share, 0.1)[:, None]) / 2
+            zscore, _ = welch(shift, measured.error, np.inf)
+            factor, _ = indirect_discount(shift, measured.noise, measured.sign, seen.position)
+            weight[row >= 0] = (measured.sign[:, None] * np.nan_to_num(zscore) * factor)[row[row >= 0]]
+        if problem.inferred and trained._rows_from_knowledge[2] > 0:
+            # nothing was measured: half of the evidence is missing, and noise is that of a perturbation in the middle
+            error = np.nanmedian(measured.error, axis=0, keepdims=True)
+            shift = trained._unseen_delta(problem.inferred, trained.reference_, 1024)[:, columns]
+            error = np.repeat(error, len(shift), axis=0)
+            zscore, _ = welch(_without_offset(problem, shift, error) / 2, error, np.inf)
+            weight[row < 0] = sign[row < 0, None] * np.nan_to_num(zscore)
     return Scores(
         _apply_prior(weight, problem.prior),
         probability > 0.5,
         {"probability": probability, "effect": effect, "std": std},
-        {"unmeasured": [r for r, p in zip(problem.regulators, position, strict=True) if p < 0]},
+        {"unmeasured": [r for r, p in zip(names, problem.position, strict=True) if p < 0]},
     )
 
 
@@ -523,6 +536,10 @@ def _train_gpovae(problem: Problem, options: dict[str, Any], max_epochs: int | N
 def _decoded_effects(trained: Any, problem: Problem, columns: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Shift of each gene that the network decodes under each regulator, without the factor common to most genes."""
     shift = trained._network_delta([(r,) for r in problem.regulators], trained.reference_, 1024)[:, columns]
+    return _without_offset(problem, shift, error)
+
+
+def _without_offset(problem: Problem, shift: np.ndarray, error: np.ndarray) -> np.ndarray:
     offset, sensitivity = composition_offset(problem.screen, shift, error)
     return shift - offset[:, None] * sensitivity[None, :]
 
