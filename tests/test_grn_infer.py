@@ -526,8 +526,14 @@ def test_gpovae_refuses_what_it_cannot_use(screen):
 def test_scaled_cells_are_not_taken_for_a_table_of_effects(screen):
     scaled = log1p_screen()
     scaled.X = (scaled.X - scaled.X.mean(axis=0)) / np.maximum(scaled.X.std(axis=0), 1e-6)
-    with pytest.raises(scpert.errors.ScaleError, match="control rows are not zero: scaled or corrected cells"):
-        scpert.tl.infer_grn(scaled)
+    for use in (
+        scpert.tl.infer_grn,
+        scpert.tl.perturbation_effects,
+        scpert.model.KNN.setup_anndata,
+        lambda x: scpert.metrics.evaluate(x, x),
+    ):
+        with pytest.raises(scpert.errors.ScaleError, match="control rows are not zero: scaled or corrected cells"):
+            use(scaled)
     scpert.tl.infer_grn(scaled, scale="effects")
     assert "grn" in scaled.varp
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 import scpert
+from scpert.model import KnowledgeGP
 
 
 def main(n: int, genes: int, unseen: int = 500) -> None:
@@ -35,8 +36,8 @@ def main(n: int, genes: int, unseen: int = 500) -> None:
         var=pd.DataFrame(index=[f"g{i}" for i in range(genes)]),
     )  # fmt: skip
     start = time.time()
-    scpert.model.KnowledgeGP.setup_anndata(adata, scale="effects")
-    model = scpert.model.KnowledgeGP(adata, knowledge={"go": go, "net": net})
+    KnowledgeGP.setup_anndata(adata, scale="effects")
+    model = KnowledgeGP(adata, knowledge={"go": go, "net": net})
     model.train()
     trained = time.time()
     out = model.predict_perturbation(list(labels[n:]))[list(labels[n:])]

@@ -310,6 +310,14 @@ class Screen:
                     f"{error} If the rows are effects, already relative to control, say scale='effects'."
                 ) from None
             raise
+        if scale == K.SCALE_AUTO and self.scale == K.SCALE_EFFECTS:
+            controls = np.flatnonzero(self.is_control)[:_SAMPLE_ROWS]
+            if len(controls) > 1 and np.abs(self.rows(controls).data).max(initial=0.0) > 1e-6:
+                raise ScaleError(
+                    f"{where} has negative values, as a table of effects has, but its {int(self.is_control.sum())} control rows "
+                    "are not zero: scaled or corrected cells? Name a layer of counts or log1p values (layer=); if rows are "
+                    "effects or profiles of perturbations, say scale='effects'."
+                )
         self.library_size_key = library_size_key
         if library_size_key is not None:
             check_obs_key(adata, library_size_key, "library_size_key")

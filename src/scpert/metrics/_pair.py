@@ -122,12 +122,6 @@ class Reference:
         self.perturbation_key, self.control = perturbation_key, control
         self.screen = Screen(observed, **options)
         self.scale = self.screen.scale
-        if self.scale == K.SCALE_EFFECTS and scale == K.SCALE_AUTO and self.screen.is_control.sum() > 1:
-            raise ScaleError(
-                f"{self.screen.where} of observed holds negative values, yet several rows are control cells: neither "
-                "counts nor log1p values, and no table of effects. Name the layer= with counts or log1p values, or say "
-                "scale='effects'."
-            )
         self.genes = np.asarray(self.screen.genes.astype(str), dtype=object)
         self.perturbations = list(self.screen.perturbations)
         if not self.perturbations:

@@ -14,7 +14,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_positive, listing, suggest
 from ..data import Screen, parse
-from ..errors import LabelError, ScaleError, ScpertError, UnknownTargetError
+from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
 from ._effects import benjamini_hochberg
 
@@ -349,14 +349,6 @@ def _problem(
             f"{error} If no row is a control because each row is the profile or the effect of one perturbation, say "
             "scale='effects': the reference of a gene is then its median over the rows."
         ) from error
-    if scale == K.SCALE_AUTO and screen.scale == K.SCALE_EFFECTS:
-        controls = np.flatnonzero(screen.is_control)
-        if len(controls) > 1 and np.abs(screen.rows(controls).data).max(initial=0.0) > 1e-6:
-            raise ScaleError(
-                f"{screen.where} has negative values, as a table of effects has, but its {len(controls)} control rows are not "
-                "zero: scaled or corrected cells? Name a layer of counts or log1p values (layer=); if rows are effects or "
-                "profiles of perturbations, say scale='effects'."
-            )
     samples = []
     if observed.any():
         rows = Screen(
