@@ -1,4 +1,4 @@
-"""Effects, network inference and training on simulated screens of growing size."""
+"""Effects, metrics, network inference, knowledge and training on simulated screens of growing size."""
 
 from __future__ import annotations
 
@@ -53,10 +53,47 @@ class Networks:
         scpert.tl.infer_grn(self.adata, method=method)
 
 
+class Metrics:
+    """All metrics of profiles and cells that a screen allows, of the training mean."""
+
+    params = ["small", "medium"]
+    param_names = ["size"]
+    timeout = 900
+
+    def setup(self, size: str) -> None:
+        self.adata = _screen(size)
+        scpert.model.PerturbedMean.setup_anndata(self.adata)
+        model = scpert.model.PerturbedMean(self.adata)
+        model.train()
+        self.predicted = model.predict_perturbation()
+        scpert.metrics.evaluate  # noqa: B018
+
+    def time_evaluate(self, size: str) -> None:
+        scpert.metrics.evaluate(self.predicted, self.adata)
+
+
+class Knowledge:
+    """Fit of the models that learn from annotations in closed form, on a screen's effects."""
+
+    params = ["KNN", "Ridge", "KnowledgeGP"]
+    param_names = ["model"]
+    timeout = 900
+
+    def setup(self, model: str) -> None:
+        screen = _screen("medium")
+        self.effects = scpert.tl.perturbation_effects(screen)
+        self.cls = getattr(scpert.model, model)
+        self.cls.setup_anndata(self.effects, scale="effects")
+        self.knowledge = {"annotations": screen.uns["truth"]["annotations"][["gene", "term"]]}
+
+    def time_train(self, model: str) -> None:
+        self.cls(self.effects, knowledge=self.knowledge).train()
+
+
 class Training:
     """Cells a second in training, after one epoch to warm up."""
 
-    params = ["SAMSVAE", "GPOVAE"]
+    params = ["SAMSVAE", "GPOVAE", "GEARS", "BioDSNN"]
     param_names = ["model"]
     timeout = 900
     n_epochs = 3
