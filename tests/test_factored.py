@@ -471,3 +471,31 @@ def test_quality_ratio(small_screen):
     with pytest.raises(ScpertError, match="no split_key"):
         free.get_quality_ratio()
     assert free.get_iwelbo(split="train", n_samples=2) < 0
+
+
+def test_matched_controls_are_controls_and_counts_are_whole(small_screen):
+    adata = small_screen
+    adata.obs["matched"] = adata.obs_names[adata.obs["perturbation"] != "control"][0]
+    with pytest.raises(ScpertError, match="cells that are perturbed"):
+        GPOVAE.setup_anndata(adata, matched_control_key="matched")
+    GPOVAE.setup_anndata(adata, split_key="split")
+    model = GPOVAE(adata, n_latent=2, n_hidden=4)
+    model.train(max_epochs=1)
+    for call in (
+        lambda: model.get_iwelbo(n_samples=0),
+        lambda: model.get_iwelbo(batch_size=2.5),
+        lambda: model.explain(model.targets_[0], n_edges=2.5),
+        lambda: GPOVAE(adata, fold_change_threshold="a"),
+    ):
+        with pytest.raises(ScpertError, match="give a"):
+            call()
+
+
+def test_standard_deviation_of_a_combination_is_that_of_its_singles():
+    adata = scpert.datasets.simulated(n_genes=30, n_targets=4, n_combinations=0, cells_per_perturbation=40)
+    scpert.model.SAMSVAE.setup_anndata(adata)
+    model = scpert.model.SAMSVAE(adata, n_latent=4, n_hidden=8)
+    model.train(max_epochs=1)
+    a, b = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})[:2]
+    std = model.predict_perturbation([a, b, f"{a}+{b}"]).layers["std"]
+    np.testing.assert_allclose(std[2], np.hypot(std[0], std[1]), rtol=1e-5)

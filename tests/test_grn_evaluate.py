@@ -176,8 +176,12 @@ def test_wasserstein_and_auprc_by_library():
     from sklearn.metrics import average_precision_score
 
     rng = np.random.default_rng(0)
-    a, b = np.sort(rng.poisson(1.0, 40).astype(float)), np.sort(rng.normal(1, 1, 70))
-    assert wasserstein(a, b) == pytest.approx(stats.wasserstein_distance(a, b))
+    samples = [rng.poisson(1.0, 40).astype(float), rng.normal(1, 1, 7), np.zeros(3), np.array([5.0])]
+    for other in (rng.normal(1, 1, 70), rng.poisson(1.0, 30).astype(float), np.zeros(1)):
+        values, group = np.concatenate(samples), np.repeat(range(4), [len(x) for x in samples])
+        mixed = rng.permutation(len(values))
+        expected = [stats.wasserstein_distance(x, other) for x in samples]
+        np.testing.assert_allclose(wasserstein(values[mixed], group[mixed], other), expected, atol=1e-12)
     truth, score = rng.random(200) < 0.2, rng.integers(0, 10, 200).astype(float)
     assert _auprc(score, truth) == pytest.approx(average_precision_score(truth, score))
 
@@ -205,3 +209,43 @@ def test_stability(halves):
     assert "grn" not in train.varp
     with pytest.raises(ScpertError, match="by='cells'"):
         scpert.tl.grn_stability(train, by="cells")
+
+
+def test_stability_of_other_cells_whatever_is_in_the_data(halves, tmp_path):
+    """A network that is there already, a copy asked for, a mask of cells, a backed file."""
+    train = halves[0].copy()
+    options = {"n": 2, "k": (20,), "method": "sparse_inverse"}
+    plain = scpert.tl.grn_stability(train, **options)
+    scpert.tl.infer_grn(train)
+    before = train.varp["grn"].copy()
+    pd.testing.assert_frame_equal(plain, scpert.tl.grn_stability(train, **options, copy=True))
+    pd.testing.assert_frame_equal(plain, scpert.tl.grn_stability(train, **options, key_added="other"))
+    assert (before != train.varp["grn"]).nnz == 0 and list(train.varp) == ["grn"]
+    mask = (train.obs["perturbation"] == train.obs["perturbation"].iloc[-1]).to_numpy()
+    told = scpert.tl.grn_stability(train, **options, observational=mask)
+    train.obs["aside"] = mask
+    pd.testing.assert_frame_equal(told, scpert.tl.grn_stability(train, **options, observational="aside"))
+    train.write_h5ad(tmp_path / "train.h5ad")
+    backed = ad.read_h5ad(tmp_path / "train.h5ad", backed="r")
+    pd.testing.assert_frame_equal(plain, scpert.tl.grn_stability(backed, **options))
+    for wrong, message in (({"n": 1}, "two or more"), ({"k": ()}, "k= is empty"), ({"perturbation_key": "x"}, "no")):
+        with pytest.raises(ScpertError, match=message):
+            scpert.tl.grn_stability(train, **{**options, **wrong})
+
+
+def test_causalbench_measures_of_every_network_take_values_as_they_are(halves):
+    train, test = halves[0].copy(), halves[1]
+    scpert.tl.infer_grn(train)
+    options = {"observed": test, "k": (20,), "n_cells": 10_000, "n_permutations": 0}
+    table = scpert.tl.evaluate_grn(train, **options).set_index("network")
+    net = scpert.get.grn_df(train).head(20)
+    p, distance = scipy_tests(test, net["source"].to_numpy(), net["target"].to_numpy())
+    assert table.loc["grn", "causalbench_mean_wasserstein"] == pytest.approx(distance.mean(), rel=1e-4)
+    assert table.loc["grn", "causalbench_precision"] == pytest.approx((p < 0.05).mean())
+    assert table.loc["grn", "mean_wasserstein"] != pytest.approx(distance.mean(), rel=1e-4)  # without composition
+    columns = [c for c in table if c.startswith("causalbench")]
+    assert len(columns) == 3 and table[columns].notna().all(axis=None)
+    assert table.loc["grn", "causalbench_false_omission_rate"] < table.loc["random", "causalbench_false_omission_rate"]
+    for wrong in ({"n_cells": 0}, {"n_permutations": -1}, {"observed": 3}):
+        with pytest.raises(ScpertError, match="give a number|must be an AnnData"):
+            scpert.tl.evaluate_grn(train, **{**options, **wrong})

@@ -309,6 +309,40 @@ def test_boosting_finds_a_nonlinear_regulator():
     assert column.argmax() == 1 and column[1] > 3 * np.delete(column, 1).max()
 
 
+def test_boosting_is_not_led_by_rare_large_values():
+    """Genes with four large values that nothing explains stay behind a real edge."""
+    rng = np.random.default_rng(0)
+    x, y = rng.gamma(2, 1, (1000, 6)), np.zeros((1000, 6))
+    y[:, 0] = 0.5 * x[:, 0] + rng.gamma(2, 1, 1000)
+    for gene in range(1, 6):
+        y[rng.choice(1000, 4, replace=False), gene] = rng.gamma(5, 1, 4)
+    regulators = [f"R{i}" for i in range(6)]
+    obs = pd.DataFrame({"perturbation": ["control", "R0"] * 500}, index=[f"c{i}" for i in range(1000)])
+    var = pd.DataFrame(index=regulators + [f"T{i}" for i in range(6)])
+    adata = ad.AnnData(np.hstack([x, y]), obs=obs, var=var)
+    scpert.tl.infer_grn(adata, method="boosting", scale="log1p", threshold=0, regulators=regulators)
+    net = scpert.get.grn_df(adata)
+    assert tuple(net.loc[0, ["source", "target"]]) == ("R0", "T0")
+    assert net.loc[0, "weight"] > 4 * net["weight"].abs()[1:].max()
+
+
+def test_boosting_looks_within_the_strata_of_covariates():
+    """A gene that differs between batches as a regulator does, and not within them, is no target of it."""
+    rng = np.random.default_rng(0)
+    batch = np.repeat([0, 1], 400)
+    x = rng.uniform(0, 1, (800, 4))
+    x[:, 0] += batch
+    x[:, 2] += batch
+    x[:, 3] += x[:, 1]
+    obs = pd.DataFrame({"perturbation": ["control", "A"] * 400, "batch": batch.astype(str)})
+    adata = ad.AnnData(x, obs=obs.set_axis(obs.index.astype(str)), var=pd.DataFrame(index=list("ABCD")))
+    options = {"method": "boosting", "scale": "log1p", "threshold": 0, "regulators": ["A", "B"], "max_features": 1.0}
+    scpert.tl.infer_grn(adata, **options)
+    assert adata.varp["grn"][0, 2] > 0.3
+    scpert.tl.infer_grn(adata, covariate_keys="batch", **options)
+    assert abs(adata.varp["grn"][0, 2]) < 0.05 and adata.varp["grn"][1, 3] > 0.1
+
+
 def test_rank_sums_equal_scipy():
     rng = np.random.default_rng(0)
     values = sparse.csr_matrix(np.c_[rng.poisson(0.7, size=(150, 6)), np.arange(150) < 3, np.zeros(150)].astype(float))
@@ -503,6 +537,16 @@ def test_bad_arguments(screen):
         scpert.tl.infer_grn(adata, covariate_keys="donor_of")
     with pytest.raises(ScpertError, match="get_grn"):
         scpert.tl.infer_grn(adata, model=object())
+    reader = type("Reader", (), {"get_grn": lambda self: adata.uns["truth"]["net"]})()
+    for options, message in (
+        ({"n_edges": 2.5}, "n_edges=2.5: give a whole number"),
+        ({"n_edges": "5"}, "n_edges=.5.: give a number"),
+        ({"fdr": "0.1"}, "fdr=.0.1.: give a number"),
+        ({"key_added": None}, "key_added=None"),
+        ({"model": reader, "regulators": targets(adata)[:1], "alpha": 1.0}, "taken as the model has it"),
+    ):
+        with pytest.raises(ScpertError, match=message):
+            scpert.tl.infer_grn(adata, **options)
     with pytest.raises(ScpertError, match="no 'train' cell"):
         scpert.tl.infer_grn(adata, split_key="batch")
     with pytest.raises(ScpertError, match="neither a boolean column"):
@@ -765,6 +809,19 @@ def test_network_is_read_from_a_trained_gpovae_without_training():
     small.train(1)
     with pytest.raises(ScpertError, match="not trained on"):
         scpert.tl.infer_grn(adata, method="gpovae", model=small)
+
+
+def test_unmeasured_regulators_of_a_model_follow_all_measured_ones():
+    """Also those without an edge in the model's network: in a screen of activation nothing is turned round."""
+    adata = knock_down_and_raise()
+    raised = targets(adata)[-1]
+    adata = adata[adata.obs["perturbation"].isin(["control", raised, targets(adata)[0]])].copy()
+    adata = adata[:, adata.var_names != targets(adata)[0]].copy()  # an enhancer, say
+    enhancer, gene = targets(adata)[0], next(g for g in adata.var_names if g != raised)
+    net = pd.DataFrame({"source": [enhancer], "target": [gene], "weight": [2.0]})
+    model = type("Reader", (), {"grn_sign": "perturbation", "get_grn": lambda self: net})()
+    scpert.tl.infer_grn(adata, model=model)
+    assert scpert.get.grn_df(adata, unmeasured=True)["weight"].item() == 2.0
 
 
 def test_network_of_a_linear_model_is_taken_as_it_is(tmp_path):

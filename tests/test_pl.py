@@ -130,14 +130,15 @@ def test_network_keeps_the_strongest_edges_and_names_apart(world):
 def test_grn_evaluation_reads_what_evaluate_grn_writes(world):
     adata = world["adata"]
     train, test = adata[::2].copy(), adata[1::2].copy()
-    scpert.tl.infer_grn(train)
-    table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10), n_permutations=2)
+    scpert.tl.infer_grn(train, threshold=0)
+    table = scpert.tl.evaluate_grn(train, observed=test, k=(5, 10, 10_000), n_permutations=2)
     ax = pl.grn_evaluation(table, ax=_empty_axes())
     drawn = {line.get_label() for line in ax.lines}
     assert {"grn", "random", "effect size", "correlation"} <= drawn
     first = next(line for line in ax.lines if line.get_label() == "grn")
     expected = table[table["network"] == "grn"].dropna(subset=["precision"]).sort_values("k")["precision"]
     np.testing.assert_allclose(first.get_ydata(), expected)
+    assert first.get_xdata()[-1] == train.varp["grn"].nnz  # not the 10,000 that were asked for
 
 
 def test_grn_evaluation_draws_one_evidence_at_a_time(world):
@@ -155,6 +156,8 @@ def test_grn_evaluation_draws_one_evidence_at_a_time(world):
         (lambda w: pl.grn(w["net"].drop(columns="weight")), MissingKeyError, "weight"),
         (lambda w: pl.grn(w["net"], gene="NOPE"), ScpertError, "no edge of 'NOPE'"),
         (lambda w: pl.grn(w["net"], kind="circle"), ValueError, "kind"),
+        (lambda w: pl.grn(w["net"], n_edges=-3), ScpertError, "n_edges=-3"),
+        (lambda w: pl.grn(w["net"].assign(weight="strong")), ScpertError, "no numbers"),
         (lambda w: pl.grn(w["adata"], "none"), MissingKeyError, "none"),
         (lambda w: pl.grn_evaluation(w["table"], metric="nope"), MissingKeyError, "no metric 'nope'"),
         (lambda w: pl.grn_evaluation(w["net"]), MissingKeyError, "evaluate_grn"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -102,3 +103,89 @@ def test_bad_input(screen):
     effects = scpert.tl.perturbation_effects(screen)
     with pytest.raises(ScpertError, match="No effect of 'NOPE'"):
         scpert.tl.rank_perturbations(screen, effects, goal=effects.obs_names[0], perturbations=["NOPE"])
+
+
+def state_screen(n_controls: int = 100) -> ad.AnnData:
+    """Twenty perturbations without any effect, another state of the cells, few controls."""
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(0.5, 1, 400) + 0.05
+    other = mean * np.where(np.arange(400) < 15, 3, 1)
+    groups = [("control", n_controls, mean), *((f"P{i}", 100, mean) for i in range(20)), ("state", 100, other)]
+    counts = np.vstack([rng.negative_binomial(2, 2 / (2 + m), size=(n, 400)) for _, n, m in groups])
+    labels = np.repeat([name for name, _, _ in groups], [n for _, n, _ in groups])
+    obs = pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))])
+    return ad.AnnData(counts.astype(np.float32), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(400)]))
+
+
+def test_noise_of_shared_controls_is_no_progress():
+    """Way and effects are relative to the same controls: their noise alone brought every perturbation nearer."""
+    screen = state_screen()
+    table = scpert.tl.rank_perturbations(screen, goal="state", doubles=False).set_index("perturbation")
+    null = table.drop("state")
+    assert (null["pvals"] < 0.05).sum() <= 4 and abs(null["progress"].mean()) < 0.1
+    assert table.loc["state", "progress"] == pytest.approx(1)  # the very cells that the goal is made of
+    double = scpert.tl.rank_perturbations(screen, goal="state", perturbations=["state+P1"], doubles=False).iloc[0]
+    # both singles are relative to the same controls: the error of the sum is no less than that of the second part
+    assert double["status"] == "sum" and double["std_error"] > 0.9 * table.loc["P1", "std_error"]
+    # effects that were made beforehand of the same cells are told by their controls, those of other cells too
+    effects = scpert.tl.perturbation_effects(screen)
+    again = scpert.tl.rank_perturbations(screen, effects, goal="state", doubles=False)
+    pd.testing.assert_frame_equal(again.set_index("perturbation"), table)
+    controls = screen.obs["perturbation"].eq("control").to_numpy()
+    half = controls & (np.cumsum(controls) % 2 == 0)
+    effects = scpert.tl.perturbation_effects(screen[~half].copy())
+    apart = scpert.tl.rank_perturbations(screen, effects, goal="state", start=half, doubles=False)
+    assert (apart["pvals"] < 0.05).sum() <= 5
+
+
+def test_a_model_starts_from_controls_that_it_did_not_see(caplog):
+    screen = state_screen(200)
+    screen.obs["split"] = np.where(np.arange(screen.n_obs) % 2, "train", "test")
+    model = scpert.model.Additive
+    found = {}
+    for key in (None, "split"):
+        model.setup_anndata(screen, split_key=key)
+        trained = model(screen)
+        trained.train()
+        caplog.clear()
+        found[key] = scpert.tl.rank_perturbations(trained, goal="state", doubles=False).query("perturbation != 'state'")
+        assert ("their noise alone" in caplog.text) == (key is None)
+    assert abs(found["split"]["progress"].mean()) < 0.5 * found[None]["progress"].mean()
+
+
+def test_a_model_is_asked_about_its_data_as_it_was_set_up():
+    screen = state_screen(50)
+    screen.obs = screen.obs.rename(columns={"perturbation": "guide"}).replace({"guide": {"control": "NT"}})
+    screen.obs["size"] = np.asarray(screen.X).sum(axis=1) * 3.0
+    setup = {"perturbation_key": "guide", "control": "NT", "library_size_key": "size"}
+    model = scpert.model.PerturbedMean
+    model.setup_anndata(screen, **setup)
+    trained = model(screen)
+    trained.train()
+    by_model = scpert.tl.rank_perturbations(trained, goal="state", perturbations=["P1"])
+    said = scpert.tl.rank_perturbations(screen, trained, goal="state", perturbations="P1", **setup)
+    pd.testing.assert_frame_equal(by_model, said)
+
+
+def test_effects_without_standard_errors_have_no_limits(screen):
+    effects = scpert.tl.perturbation_effects(screen)
+    del effects.layers["std_error"]
+    table = scpert.tl.rank_perturbations(screen, effects, goal=effects.obs_names[0])
+    assert table[["std_error", "lower", "upper", "pvals"]].isna().all(axis=None) and table["progress"].notna().all()
+
+
+def test_goals_as_an_analyst_gives_them(screen):
+    goal = screen.uns["truth"]["net"]["source"].iloc[0]
+    mask = screen.obs["perturbation"] == goal  # a Series of cells, not of genes
+    table = scpert.tl.rank_perturbations(screen, goal=mask)
+    pd.testing.assert_frame_equal(table, scpert.tl.rank_perturbations(screen, goal=mask.to_numpy()))
+    genes = list(screen.var_names[:2])
+    for wrong, message in (
+        (pd.Series([1.0, np.nan], index=genes), "no finite shift"),
+        (pd.Series(["a", "b"], index=genes), "no finite shift"),
+        (pd.Series([1.0, 2.0], index=genes[:1] * 2), "more than once"),
+    ):
+        with pytest.raises(ScpertError, match=message):
+            scpert.tl.rank_perturbations(screen, goal=wrong)
+    with pytest.raises(ScpertError, match="n_doubles=1.5"):
+        scpert.tl.rank_perturbations(screen, goal=goal, n_doubles=1.5)

@@ -45,6 +45,7 @@ METHODS = {
     "gpovae": {"method": "gpovae", "threshold": 0},
     "gpovae, own weights": {"method": "gpovae", "threshold": 0, "direct": False},
     "boosting": {"method": "boosting", "threshold": 0, "max_cells": 2000},
+    "boosting, 1,000 cells, 100 trees": {"method": "boosting", "threshold": 0, "max_cells": 1000, "n_estimators": 100},
     "sparse_inverse, path_cut=0": {"method": "sparse_inverse", "threshold": 0, "path_cut": 0.0},
 }
 #: Run unless others are named.

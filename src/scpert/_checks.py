@@ -53,9 +53,13 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
     raise ScpertError(f"{name}={value!r} is not known. Choose one of {listing(choices, 40)}.{did_you_mean}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number)
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> float:
     """Return ``value`` if it is a positive number (or zero, if allowed)."""
-    if not np.isscalar(value) or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not _is_number(value) or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ScpertError(f"{name}={value!r}: give a number {'>= 0' if zero else '> 0'}.")
     return value
 
@@ -69,7 +73,7 @@ def check_whole(name: str, value: float) -> int:
 
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` if it lies in [0, 1]."""
-    if not np.isscalar(value) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise ScpertError(f"{name}={value!r}: give a number between 0 and 1.")
     return value
 

@@ -106,6 +106,12 @@ class PerturbationField(BaseAnnDataField):
                     f"adata.obs[{o['matched_control_key']!r}] names {int(absent.sum())} cells that are not in the AnnData "
                     f"(first: {matched[absent].iloc[0]!r}). Run scpert.pp.match_controls on this very AnnData."
                 )
+            perturbed = ~screen.is_control[adata.obs_names.get_indexer(matched)]
+            if perturbed.any():
+                raise ScpertError(
+                    f"adata.obs[{o['matched_control_key']!r}] names {int(perturbed.sum())} cells that are perturbed (first: "
+                    f"{matched[perturbed].iloc[0]!r}), not controls. Run scpert.pp.match_controls(adata)."
+                )
         quality_failures(adata, o["quality_key"])
         covariates = {}
         for key in o["covariate_keys"] or ():

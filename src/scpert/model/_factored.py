@@ -380,8 +380,9 @@ class _Factored(PerturbationModel):
             for i in some:
                 delta[i] += self._residual(trained[i])
                 row = self.effects_.row.get(join(targets[i], self.control_))
-                if row is not None:
-                    std[i] = self.spread_[row]
+                rows = [self.effects_.singles.get(t) for t in targets[i]] if row is None else [row]
+                if None not in rows:  # the corrections of the singles are added
+                    std[i] = np.sqrt((self.spread_[rows] ** 2).sum(axis=0))
         if unseen:
             shift = dict(zip(unseen, self._unseen_delta(unseen, reference, batch_size), strict=True))
             for i, wanted in enumerate(targets):
@@ -520,6 +521,7 @@ class _Factored(PerturbationModel):
             Cells at a time.
         """
         self._check_trained()
+        n_samples, batch_size = check_whole("n_samples", n_samples), check_whole("batch_size", batch_size)
         tensors = ScreenTensors(self._screen, self._field_state, self.setup_args_)
         rows = self._rows_in(split)
         m, device, total = self.module, self.device, 0.0

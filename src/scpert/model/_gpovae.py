@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from .. import _keys as K
-from .._checks import check_fraction, check_positive, listing, suggest
+from .._checks import check_fraction, check_positive, check_whole, listing, suggest
 from .._progress import progress
 from ..data._perturbation import parse
 from ..errors import LabelError, ScpertError, UnknownTargetError
@@ -185,6 +185,7 @@ class GPOVAE(_Factored):
             ("grn_weight", grn_weight),
             ("sparsity_weight", sparsity_weight),
             ("counterfactual_weight", counterfactual_weight),
+            ("fold_change_threshold", fold_change_threshold),
         ):
             check_positive(name, value, zero=True)
         options = self._remember(locals())
@@ -397,7 +398,7 @@ class GPOVAE(_Factored):
         the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
         """
         self._check_trained()
-        check_positive("n_edges", n_edges)
+        check_whole("n_edges", n_edges)
         targets = parse(perturbation, self.control_)
         if not targets:
             raise LabelError(f"{perturbation!r} is the control: it has no effect to explain.")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, listing
+from .._checks import check_choice, check_net, check_whole, listing
 from ..errors import MissingKeyError, ScpertError
 from ._figure import COLOURS, finish, need_columns, new_axes
 
@@ -67,6 +67,8 @@ def grn(
     >>> ax = scpert.pl.grn(adata, n_edges=10)
     """
     check_choice("kind", kind, ("network", "heatmap"))
+    check_whole("n_edges", n_edges)
+    check_whole("n_genes", n_genes)
     if isinstance(adata, pd.DataFrame):
         net = adata
     else:
@@ -76,8 +78,8 @@ def grn(
     missing = [c for c in (K.SOURCE, K.TARGET, K.WEIGHT) if c not in net.columns]
     if missing:
         raise MissingKeyError(f"The net lacks the column(s) {listing(missing)}; it has {listing(net.columns)}.")
-    net = net[[K.SOURCE, K.TARGET, K.WEIGHT]].astype({K.SOURCE: str, K.TARGET: str, K.WEIGHT: float})
-    net = net[(net[K.WEIGHT] != 0) & (net[K.SOURCE] != net[K.TARGET])]
+    net = check_net(net, "net")
+    net = net[net[K.WEIGHT] != 0]
     if gene is not None:
         touches = (net[K.SOURCE] == gene) | (net[K.TARGET] == gene)
         if not touches.any():
@@ -282,7 +284,7 @@ def grn_evaluation(
     >>> ax = scpert.pl.grn_evaluation(table, metric="precision")
     """
     need_columns(table, ("evidence", "network", "k"), "scpert.tl.evaluate_grn")
-    values = [c for c in table.columns if c not in ("evidence", "network", "k")]
+    values = [c for c in table.columns if c not in ("evidence", "network", "k", "n_edges")]
     if metric not in values:
         raise MissingKeyError(f"The table has no metric {metric!r}; it has {listing(values, 30)}.")
     known = [str(e) for e in table["evidence"].unique()]
@@ -290,13 +292,14 @@ def grn_evaluation(
         evidence = known[0]
     check_choice("evidence", evidence, known)
     table = table[table["evidence"] == evidence]
+    size = "n_edges" if "n_edges" in table else "k"  # a network with fewer edges than k is judged by those it has
     ax = new_axes(ax, (4.8, 3.4))
     cycle = [COLOURS[c] for c in ("red", "blue", "sky", "green", "purple", "orange", "black")]
     for i, (label, part) in enumerate(table.groupby("network", sort=False)):
-        part = part.dropna(subset=[metric]).sort_values("k")
+        part = part.dropna(subset=[metric]).sort_values("k").drop_duplicates(size)
         random = label == "random"
         ax.plot(
-            part["k"],
+            part[size],
             part[metric],
             "o--" if random else "o-",
             ms=4,

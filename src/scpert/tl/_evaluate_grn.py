@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_net, check_whole, listing
+from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
 from ..errors import MissingKeyError, ScpertError
@@ -47,6 +47,7 @@ class Judge:
     sign: np.ndarray  # sign of the effect of the regulator's activity; 0 where unknown
     nominal: np.ndarray | None = None  # p < 0.05 without correction (CausalBench)
     distance: Any = None  # callable (rows, columns) -> Wasserstein distances
+    plain_distance: Any = None  # the same, of the values as they are (CausalBench)
 
 
 def evaluate_grn(
@@ -78,10 +79,11 @@ def evaluate_grn(
     * ``precision``: share of positives in :math:`E`; ``recall``: share of the positives that is in :math:`E`;
     * ``false_omission_rate``: positives in :math:`C \setminus E` over :math:`|C \setminus E|`;
     * ``mean_wasserstein``: mean over :math:`E` of the 1-Wasserstein distance of :math:`x_j` under :math:`i` and in
-      controls, log1p CP10k;
+      controls, log1p CP10k (see ``composition``);
     * ``sign_accuracy``: share of the positive edges whose sign is that of the held-out effect;
-    * ``causalbench_precision``, ``causalbench_false_omission_rate``: as CausalBench defines them, p < 0.05 without
-      correction, the latter over 500 random pairs outside the network; ``released_false_omission_rate``: as the
+    * ``causalbench_precision``, ``causalbench_mean_wasserstein``, ``causalbench_false_omission_rate``: as CausalBench
+      defines them, of the values as they are and p < 0.05 without correction, the last over 500 random pairs outside the
+      network; ``released_false_omission_rate``: as the
       released code computes it, where predicted edges are not taken out of the random pairs, so that it does not depend
       on the network (kept only to compare with published figures).
 
@@ -109,7 +111,7 @@ def evaluate_grn(
     n_permutations
         Networks of the null.
     composition
-        Take the factor that most genes share out of each perturbation before testing, as the inference does (counts are
+        Take the factor that most genes share out of each perturbation before it is judged, as the inference does (counts are
         compositions: a perturbation that lowers strong genes raises all others in CP10k). The measures named after
         CausalBench never do.
     allow_same_cells
@@ -148,9 +150,11 @@ def evaluate_grn(
             f"adata.uns[{key!r}] does not say which cells the network comes from. Call scpert.tl.infer_grn."
         )
     check_fraction("fdr", fdr)
-    sizes = sorted({check_whole("k", value) for value in np.atleast_1d(np.asarray(k)).tolist()})
-    if not sizes:
-        raise ScpertError("k= is empty: give one or more numbers of edges, e.g. k=(100, 500).")
+    sizes = _sizes(k)
+    if n_cells is not None:
+        check_whole("n_cells", n_cells)
+    if n_permutations != 0:
+        check_whole("n_permutations", n_permutations)
     parameters = notes["parameters"]
     arguments = {
         "perturbation_key": perturbation_key or str(parameters["perturbation_key"]),
@@ -178,12 +182,22 @@ def evaluate_grn(
         available = int((networks[key] != 0).sum())
         if not available:
             logger.warning("No edge of the network is among the candidate pairs of the %s.", judge.evidence)
+        order = {name: _top(score) for name, score in networks.items()}
+        overall = {name: _overall(judge, score, order[name]) for name, score in networks.items()}
         for size in sizes:
             n = min(size, available)
             for name, score in networks.items():
-                rows.append(_measure(judge, name, score, size, n, rng, n_permutations if name == key else 0))
+                found = _measure(judge, score, order[name], n, rng, n_permutations if name == key else 0)
+                rows.append({"evidence": judge.evidence, "network": name, "k": size, **found, **overall[name]})
             rows.append(_random_row(judge, size, n, rng))
     return pd.DataFrame(rows)
+
+
+def _sizes(k: Any) -> list[int]:
+    sizes = sorted({check_whole("k", value) for value in np.atleast_1d(np.asarray(k)).tolist()})
+    if not sizes:
+        raise ScpertError("k= is empty: give one or more numbers of edges, e.g. k=(100, 500).")
+    return sizes
 
 
 def _held_out(
@@ -207,6 +221,8 @@ def _held_out(
             "(scpert.pp.split(adata, kind='cells'); infer_grn(adata, split_key='split')), pass held-out cells as "
             "observed=, or a net as reference=. allow_same_cells=True gives an upper bound."
         )
+    if not hasattr(observed, "var_names"):
+        raise ScpertError(f"observed must be an AnnData of held-out cells; got {type(observed).__name__}.")
     missing = adata.var_names.difference(observed.var_names)
     if len(missing) == adata.n_vars:
         raise ScpertError(f"observed has none of the genes of adata ({listing(adata.var_names[:4])}).")
@@ -239,6 +255,7 @@ def _judge_interventions(
         found = total_effects(problem_of(screen, sorted(singles)))
         regulators, shift, pvals, plain = sorted(singles), found.shift, found.pvals, found.pvals
         distance: Any = lambda rows, columns: np.abs(shift[rows, columns])  # noqa: E731
+        plain_distance = distance
     else:
         count = {t: int((screen.labels == p).sum()) for t, p in singles.items()}
         regulators = sorted(t for t in singles if count[t] >= 2)
@@ -262,12 +279,13 @@ def _judge_interventions(
         shift, error, _, _, _ = effects_of_cells(screen, screen.perturbations, None, cautious=True)
         rows = pd.Index(screen.perturbations).get_indexer(pd.Index([singles[t] for t in regulators]))
         shift, pvals = shift[rows], plain
+        distance = plain_distance = _Wasserstein(values.tocsc(), groups)
         if composition:
             offset, sensitivity = composition_offset(screen, shift, error[rows])
             shift = shift - offset[:, None] * sensitivity[None, :]
             values = scaled(values, np.exp(-np.concatenate([[0.0], offset]))[groups])
             _, pvals = rank_sums(values, groups, len(regulators))
-        distance = _Wasserstein(values.tocsc(), groups)
+            distance = _Wasserstein(values.tocsc(), groups)
     position = genes.get_indexer(pd.Index(regulators))
     measured = np.flatnonzero(position >= 0)
     candidate = np.ones((len(regulators), len(genes)), dtype=bool)
@@ -279,44 +297,56 @@ def _judge_interventions(
         regulators,
         genes,
         candidate,
-        np.nan_to_num(benjamini_hochberg(tested), nan=1.0) <= fdr,
+        candidate & (np.nan_to_num(benjamini_hochberg(tested), nan=1.0) <= fdr),
         direction[:, None] * np.sign(shift),
         candidate & (np.nan_to_num(plain, nan=1.0) < 0.05),
         distance,
+        plain_distance,
     )
 
 
 class _Wasserstein:
-    """1-Wasserstein distances of a gene in a group of cells and in the controls, each pair computed once."""
+    """1-Wasserstein distances of each gene in the groups of cells and in the controls, computed when a gene is asked for."""
 
     def __init__(self, values: sparse.csc_matrix, groups: np.ndarray):
         self.values, self.groups = values, groups
-        self.known: dict[tuple[int, int], float] = {}
+        self.known = np.full((int(groups.max()), values.shape[1]), np.nan)
 
     def __call__(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        out = np.empty(len(rows))
-        order = np.argsort(columns, kind="stable")
-        gene, dense, control = -1, np.empty(0), np.empty(0)
-        for i in order:
-            pair = (int(rows[i]), int(columns[i]))
-            if pair not in self.known:
-                if pair[1] != gene:
-                    gene = pair[1]
-                    dense = self.values[:, [gene]].toarray().ravel()
-                    control = np.sort(dense[self.groups == 0])
-                self.known[pair] = wasserstein(np.sort(dense[self.groups == pair[0] + 1]), control)
-            out[i] = self.known[pair]
+        own = self.groups > 0
+        for gene in np.unique(columns[np.isnan(self.known[rows, columns])]):
+            dense = self.values[:, [gene]].toarray().ravel().astype(np.float64)
+            self.known[:, gene] = wasserstein(dense[own], self.groups[own] - 1, dense[~own])
+        out: np.ndarray = self.known[rows, columns]
         return out
 
 
-def wasserstein(a: np.ndarray, b: np.ndarray) -> float:
-    """1-Wasserstein distance of two sorted samples: the area between their distribution functions."""
-    levels = np.concatenate([a, b])
-    levels.sort(kind="stable")
-    gap = np.diff(levels)
-    below_a = np.searchsorted(a, levels[:-1], side="right") / len(a)
-    below_b = np.searchsorted(b, levels[:-1], side="right") / len(b)
-    return float(np.sum(np.abs(below_a - below_b) * gap))
+def wasserstein(values: np.ndarray, group: np.ndarray, other: np.ndarray) -> np.ndarray:
+    r"""1-Wasserstein distances of several samples and one other ``(group,)``.
+
+    .. math:: W = \int_0^1 |Q_1(u) - Q_2(u)|\, du
+
+    of the quantile functions. That of a sample is constant over :math:`1/n`; where the other crosses the constant is found
+    by search, and the integrals beside it are differences of its cumulative sums.
+
+    Parameters
+    ----------
+    values, group
+        Of the cells of all samples, and the sample of each, codes from 0 without a gap ``(cell,)``.
+    other
+        Values of the other sample.
+    """
+    other = np.sort(other)
+    share = np.arange(len(other) + 1) / len(other)
+    integral = np.concatenate([[0.0], np.cumsum(other)]) / len(other)
+    order = np.lexsort((values, group))
+    values, group = values[order], group[order]
+    size = np.bincount(group)
+    low = (np.arange(len(values)) - (np.cumsum(size) - size)[group]) / size[group]
+    high = low + 1.0 / size[group]
+    cross = np.clip(np.searchsorted(other, values) / len(other), low, high)
+    at_low, at_cross, at_high = (np.interp(u, share, integral) for u in (low, cross, high))
+    return np.bincount(group, values * (2 * cross - low - high) + at_low + at_high - 2 * at_cross)
 
 
 def _judge_reference(
@@ -401,10 +431,10 @@ def _score(net: pd.DataFrame, judge: Judge) -> np.ndarray:
     return score
 
 
-def _top(score: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    strength = np.abs(score).ravel()
-    order = np.argsort(-strength, kind="stable")[:n]
-    order = order[strength[order] > 0]
+def _top(score: np.ndarray, n: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the ``n`` strongest pairs (all that are not zero), ties by position."""
+    index = np.flatnonzero(score)
+    order = index[np.argsort(-np.abs(score.ravel()[index]), kind="stable")[:n]]
     return np.unravel_index(order, score.shape)  # type: ignore[return-value]
 
 
@@ -429,18 +459,22 @@ def rewire(source: np.ndarray, target: np.ndarray, rng: np.random.Generator, n_r
     return shuffled
 
 
-def _measure(
-    judge: Judge, name: str, score: np.ndarray, size: int, n: int, rng: np.random.Generator, n_permutations: int
-) -> dict[str, Any]:
-    rows, columns = _top(score, n)
-    out = _at(judge, rows, columns)
+def _overall(judge: Judge, score: np.ndarray, order: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    """Measures of a ranking that do not depend on the number of edges."""
     positives = int(judge.positive.sum())
-    flat, truth = np.abs(score[judge.candidate]), judge.positive[judge.candidate]
-    out["auprc"] = _auprc(flat, truth)
-    at_truth = _top(score, positives)
     base = positives / max(int(judge.candidate.sum()), 1)
-    hits = judge.positive[at_truth].sum() / max(positives, 1)
-    out["early_precision_ratio"] = float(hits / base) if base > 0 else np.nan
+    hits = judge.positive[order[0][:positives], order[1][:positives]].sum() / max(positives, 1)
+    return {
+        "auprc": _auprc(np.abs(score[judge.candidate]), judge.positive[judge.candidate]),
+        "early_precision_ratio": float(hits / base) if base > 0 else np.nan,
+    }
+
+
+def _measure(
+    judge: Judge, score: np.ndarray, order: tuple[np.ndarray, np.ndarray], n: int, rng: Any, n_permutations: int
+) -> dict[str, Any]:
+    rows, columns = order[0][:n], order[1][:n]
+    out = _at(judge, rows, columns)
     agree = judge.positive[rows, columns] & (judge.sign[rows, columns] != 0)
     if agree.any():
         out["sign_accuracy"] = float(np.mean(np.sign(score[rows, columns])[agree] == judge.sign[rows, columns][agree]))
@@ -454,18 +488,7 @@ def _measure(
             null.append(judge.positive[rows, shuffled].mean())
         out["null_precision"] = float(np.mean(null))
         out["null_p"] = float((1 + np.sum(np.asarray(null) >= out["precision"])) / (1 + n_permutations))
-    if judge.nominal is not None:
-        outside = judge.candidate.copy()
-        outside[rows, columns] = False
-        for column, among in (
-            ("causalbench_false_omission_rate", outside),
-            ("released_false_omission_rate", judge.candidate),
-        ):
-            pairs = np.flatnonzero(among.ravel())
-            # the same seed for every network, as the released figure is to be one number
-            draw = np.random.default_rng(0).choice(pairs, min(CAUSALBENCH_PAIRS, len(pairs)), replace=False)
-            out[column] = float(judge.nominal.ravel()[draw].mean()) if len(draw) else np.nan
-    return {"evidence": judge.evidence, "network": name, "k": size, **out}
+    return out
 
 
 def _at(judge: Judge, rows: np.ndarray, columns: np.ndarray) -> dict[str, Any]:
@@ -483,6 +506,17 @@ def _at(judge: Judge, rows: np.ndarray, columns: np.ndarray) -> dict[str, Any]:
         out["mean_wasserstein"] = float(np.mean(judge.distance(rows, columns))) if n else np.nan
     if judge.nominal is not None:
         out["causalbench_precision"] = float(judge.nominal[rows, columns].mean()) if n else np.nan
+        out["causalbench_mean_wasserstein"] = float(np.mean(judge.plain_distance(rows, columns))) if n else np.nan
+        outside = judge.candidate.copy()
+        outside[rows, columns] = False
+        for column, among in (
+            ("causalbench_false_omission_rate", outside),
+            ("released_false_omission_rate", judge.candidate),
+        ):
+            pairs = np.flatnonzero(among.ravel())
+            # the same seed for every network, as the released figure is to be one number
+            draw = np.random.default_rng(0).choice(pairs, min(CAUSALBENCH_PAIRS, len(pairs)), replace=False)
+            out[column] = float(judge.nominal.ravel()[draw].mean()) if len(draw) else np.nan
     return out
 
 
@@ -510,7 +544,7 @@ def _auprc(score: np.ndarray, truth: np.ndarray) -> float:
     """Average precision: the step integral of precision over recall, ties taken together."""
     if not truth.any():
         return np.nan
-    order = np.argsort(-score, kind="stable")
+    order = np.argsort(-score)
     hits = np.cumsum(truth[order])
     ranked = score[order]
     last = np.append(ranked[1:] != ranked[:-1], True)
@@ -553,7 +587,7 @@ def grn_stability(
     Raises
     ------
     ScpertError
-        If ``by`` is not known.
+        If ``by`` is not known, or ``n`` or ``k`` are no numbers of networks and edges.
 
     Examples
     --------
@@ -563,25 +597,32 @@ def grn_stability(
     ['k', 'n_edges', 'jaccard', 'jaccard_sd', 'sign_agreement']
     """
     check_choice("by", by, ("bootstrap", "seed"))
+    if check_whole("n", n) < 2:
+        raise ScpertError("n=1: give two or more networks, as pairs of them are compared.")
+    sizes = _sizes(k)
+    labels = check_obs_key(adata, options.get("perturbation_key", K.PERTURBATION), "perturbation_key").astype(str)
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    observational = options.get("observational")
+    mask = np.asarray(None if hasattr(observational, "var_names") else observational)
+    options = {**options, "key_added": "stability", "copy": by == "seed"}
+    adata = adata.to_memory() if adata.isbacked else adata
     rng = np.random.default_rng(random_state)
-    label_key = options.get("perturbation_key", K.PERTURBATION)
     nets = []
     for run in progress(range(n), total=n, description="stability", unit="network"):
         if by == "bootstrap":
-            labels = adata.obs[label_key].astype(str).to_numpy()
-            groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
             index = np.concatenate([rng.choice(rows, len(rows)) for rows in groups])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Observation names are not unique")
                 sample = adata[index].copy()
             sample.obs_names = [f"{name}-{i}" for i, name in enumerate(sample.obs_names)]
+            if mask.dtype == bool and len(mask) == adata.n_obs:  # a mask of cells is drawn with them
+                options["observational"] = mask[index]
             infer_grn(sample, random_state=random_state, **options)
         else:
-            sample = adata.copy()
-            infer_grn(sample, random_state=random_state + run, **options)
-        nets.append(grn_df(sample, options.get("key_added", K.GRN), unmeasured=True))
+            sample = infer_grn(adata, random_state=random_state + run, **options)  # type: ignore[assignment]
+        nets.append(grn_df(sample, "stability", unmeasured=True))
     out = []
-    for size in sorted({int(v) for v in k}):
+    for size in sizes:
         tops = [net.head(size).set_index([K.SOURCE, K.TARGET])[K.WEIGHT] for net in nets]
         shared, agreement = [], []
         for i in range(len(tops)):

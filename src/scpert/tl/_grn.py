@@ -12,7 +12,16 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_positive, listing, suggest
+from .._checks import (
+    check_choice,
+    check_fraction,
+    check_net,
+    check_obs_key,
+    check_positive,
+    check_whole,
+    listing,
+    suggest,
+)
 from ..data import Screen, parse
 from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
@@ -190,11 +199,13 @@ def infer_grn(
     check_choice("statistic", statistic, ("welch", "rank"))
     check_fraction("fdr", fdr)
     if n_edges is not None:
-        check_positive("n_edges", n_edges)
+        check_whole("n_edges", n_edges)
     if threshold is not None:
         check_positive("threshold", threshold, zero=True)
     if n_edges is not None and threshold is not None:
         raise ScpertError("Give n_edges= or threshold=, not both.")
+    if not isinstance(key_added, str) or not key_added:
+        raise ScpertError(f"key_added={key_added!r}: give the name of a network, such as 'grn'.")
     keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
 
     parameters: dict[str, Any] = {
@@ -216,6 +227,12 @@ def infer_grn(
     if read_out:
         options = {**options, "model": model}
     if model is not None and not read_out:
+        given = {"prior": prior, "observational": observational, "regulators": regulators, **options}
+        if ignored := [name for name, value in given.items() if value is not None]:
+            raise ScpertError(
+                f"{listing(ignored)}: with model={type(model).__name__} the network is taken as the model has it. Leave them "
+                "out, or leave model= out."
+            )
         used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
         net, found_scale = _net_of_model(model, adata), "model"
         if check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation":
@@ -547,10 +564,13 @@ def _by_activity(
         scale=scale,
         library_size_key=library_size_key,
     )
-    sources = pd.Index(net[K.SOURCE].astype(str).unique())
-    row = effects.obs_names.get_indexer(sources)
+    # all single perturbations vote on the direction of those that are not measured, whether they have edges or not
+    single = np.array([len(parse(label, control)) == 1 for label in effects.obs_names])
+    singles = effects.obs_names[single]
+    sources = singles.union(pd.Index(net[K.SOURCE].astype(str).unique()))
+    row = singles.get_indexer(sources)
     position = np.where(row >= 0, adata.var_names.get_indexer(sources), -1)  # not perturbed singly: as the others
-    sign = pd.Series(perturbation_sign(np.asarray(effects.X)[row], position), index=sources)
+    sign = pd.Series(perturbation_sign(np.asarray(effects.X)[single][row], position), index=sources)
     return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * sign[net[K.SOURCE].astype(str)].to_numpy()})
 
 

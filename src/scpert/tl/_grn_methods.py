@@ -213,8 +213,6 @@ def interventional(problem: Problem) -> Scores:
 
 def _blocks(problem: Problem) -> Any:
     """Yield ``(CSR block, stratum of each row)``; observational samples from elsewhere are a stratum of their own."""
-    from ._effects import strata_of
-
     strata, names = strata_of(problem.screen.adata, problem.covariate_keys)
     for rows, block in problem.screen.chunks():
         yield block, strata[rows]
@@ -352,14 +350,15 @@ def boosting(problem: Problem) -> Scores:
         max_cells=5000,
     )
     rng = np.random.default_rng(problem.random_state)
-    samples = sparse.vstack([_rows_of(problem, options.pop("max_cells"), rng)], format="csc")
+    rows, strata = _rows_of(problem, options.pop("max_cells"), rng)
+    samples = rows.tocsc()
     index = problem.position
-    inputs = np.asfortranarray(samples[:, index].toarray(), dtype=np.float32)
+    inputs = _centred(samples[:, index].toarray(), strata).astype(np.float32, order="C")
     seeds = rng.integers(0, 2**31 - 1, size=len(problem.genes))
     jobs = Parallel(n_jobs=problem.n_jobs or 1, return_as="generator")(
         delayed(_boost_one)(
             inputs,
-            samples[:, [g]].toarray().ravel(),
+            _centred(samples[:, [g]].toarray(), strata).ravel(),
             int(np.max(np.where(index == g, np.arange(len(index)), -1))),
             int(seeds[g]),
             options,
@@ -373,13 +372,26 @@ def boosting(problem: Problem) -> Scores:
     return Scores(_apply_prior(np.sign(across) * weight, problem.prior))
 
 
-def _rows_of(problem: Problem, limit: int, rng: np.random.Generator) -> sparse.csr_matrix:
+def _rows_of(problem: Problem, limit: int, rng: np.random.Generator) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """At most ``limit`` cells and the observational samples, and the stratum of each row."""
     n = problem.screen.n_cells
     index = np.arange(n) if n <= limit else np.sort(rng.choice(n, limit, replace=False))
     if n > limit:
         logger.info("boosting: %d of %d cells drawn (max_cells=).", limit, n)
+    strata, names = strata_of(problem.screen.adata, problem.covariate_keys)
     rows = problem.screen.rows(index)
-    return rows if problem.observational is None else sparse.vstack([rows, problem.observational], format="csr")
+    if problem.observational is None:
+        return rows, strata[index]
+    more = np.full(problem.observational.shape[0], len(names) if len(names) > 1 else 0)
+    return sparse.vstack([rows, problem.observational], format="csr"), np.concatenate([strata[index], more])
+
+
+def _centred(values: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Values less the mean of their stratum, if there is more than one ``(cell, gene)``."""
+    if strata.max() > 0:
+        for s in np.unique(strata):
+            values[strata == s] -= values[strata == s].mean(axis=0)
+    return values
 
 
 def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, options: dict[str, Any]) -> np.ndarray:
@@ -409,29 +421,44 @@ def _boost_one(inputs: np.ndarray, target: np.ndarray, own: int, seed: int, opti
         )
         gain = model.fit(inputs[:, use], target).feature_importances_.astype(np.float64)
     else:
-        from sklearn.ensemble import GradientBoostingRegressor
-
-        model = GradientBoostingRegressor(
-            n_estimators=options["n_estimators"],
-            learning_rate=options["learning_rate"],
-            max_depth=options["max_depth"],
-            max_features=options["max_features"],
-            subsample=options["subsample"],
-            random_state=seed,
-        )
-        improvement: list[float] = []
-
-        def stalled(step: int, estimator: Any, _: Any) -> bool:  # out-of-bag improvement, as GRNBoost2 does
-            improvement.append(float(estimator.oob_improvement_[step]))
-            recent = improvement[-options["patience"] :]
-            return len(recent) == options["patience"] and float(np.mean(recent)) < 0
-
-        model.fit(inputs[:, use], target, monitor=stalled if options["subsample"] < 1 else None)
-        gain = model.feature_importances_
-        if options["subsample"] < 1:  # a gene that nothing explains out of bag gets no strong edge
-            gain = gain * max(float(np.max(np.cumsum(model.oob_improvement_))), 0.0)
+        gain = _boosted_gain(inputs[:, use], target, seed, options)
     importance[use] = gain
     return importance
+
+
+def _boosted_gain(inputs: np.ndarray, target: np.ndarray, seed: int, options: dict[str, Any]) -> np.ndarray:
+    """Share of each regulator in the gain of the trees times what they explain out of bag ``(regulator,)``.
+
+    The cells that a tree did not see judge what it adds, before and after on the same cells: scikit-learn's own
+    ``oob_improvement_`` compares each tree's cells with those of the tree before, and a few cells with a large value, in the
+    one draw and not in the other, then count as explained.
+    """
+    from sklearn.tree import DecisionTreeRegressor
+
+    rng = np.random.RandomState(seed)
+    residual, n = target.astype(np.float64), len(target)
+    n_inside = max(1, int(options["subsample"] * n))
+    gain = np.zeros(inputs.shape[1])
+    improvement: list[float] = []
+    for _ in range(options["n_estimators"]):
+        order = rng.permutation(n)
+        inside, outside = order[:n_inside], order[n_inside:]
+        tree = DecisionTreeRegressor(
+            max_depth=options["max_depth"],
+            max_features=options["max_features"],
+            random_state=rng,
+        )
+        tree.fit(inputs[inside], residual[inside], check_input=False)
+        gain += tree.tree_.compute_feature_importances(normalize=False)
+        before = residual[outside]
+        residual -= options["learning_rate"] * tree.tree_.predict(inputs)[:, 0]
+        if len(outside):
+            improvement.append(float(np.mean(before**2 - residual[outside] ** 2)))
+            recent = improvement[-options["patience"] :]
+            if len(recent) == options["patience"] and np.mean(recent) < 0:
+                break
+    gain /= max(gain.sum(), 1e-12)
+    return gain * max(float(np.max(np.cumsum(improvement))), 0.0) if improvement else gain
 
 
 # ---------------------------------------------------------------------------------------------- a model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 from scipy import sparse, stats
 
 from .. import _keys as K
-from .._checks import check_obs_key, check_positive, listing
+from .._checks import check_obs_key, check_whole, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, canonical, join, parse
@@ -20,11 +21,14 @@ from ..errors import ScpertError
 from ._effects import benjamini_hochberg, perturbation_effects
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    pass
 
 __all__ = ["rank_perturbations"]
 
 logger = logging.getLogger("scpert")
+
+#: So many control cells that a model did not learn from are enough to start from.
+_HELD_OUT = 100
 
 
 @shared_docs
@@ -51,8 +55,8 @@ def rank_perturbations(
     With :math:`d` the difference of the mean profiles of goal and start and :math:`\delta_p` the effect of a
     perturbation (log1p CP10k, over the genes other than its own targets),
 
-    .. math:: \text{progress}_p = \frac{\delta_p \cdot d}{d \cdot d - \sum_g s_g^2},\quad
-              \text{cosine}_p = \frac{\delta_p \cdot d}{|\delta_p||d|},\quad
+    .. math:: \text{progress}_p = \frac{\delta_p \cdot d - \sum_g c_{pg}}{d \cdot d - \sum_g s_g^2},\quad
+              \text{cosine}_p = \frac{\delta_p \cdot d - \sum_g c_{pg}}{|\delta_p||d|},\quad
               \text{remaining}_p = \frac{|d - \delta_p|}{|d|}.
 
     where :math:`s_g` is the standard error of :math:`d_g` (noise lengthens the way; at least a tenth of it is kept). A
@@ -61,19 +65,27 @@ def rank_perturbations(
     :math:`\delta_p` (the model's predictive standard deviation, or Welch's) and of :math:`d` by the delta method, genes
     taken as independent.
 
+    :math:`c_{pg}` is the covariance of the errors of :math:`\delta_{pg}` and :math:`d_g`. If both are relative to the
+    mean of the same control cells, its error is in both, and a perturbation without any effect would seem to come
+    nearer. It is known for effects that were measured in the cells of ``adata``, from the cells that goal and start share
+    with the perturbation and its controls, and zero for effects of other cells. What a model made of its control cells is
+    not known: the way then starts from controls that the model did not learn from, if its ``split_key`` leaves 100 or more.
+
     Parameters
     ----------
     adata
         Cells that hold start and goal, or a table of effects (``scale="effects"``). A trained model may be given
-        instead (its AnnData is used).
+        instead (its AnnData is used). The AnnData of a model is read as its ``setup_anndata`` was told, if nothing else
+        is said.
     model
         A trained model with ``predict_perturbation``; or effects of :func:`scpert.tl.perturbation_effects`; ``None``
         measures the effects in ``adata``. Doubles come from the model, and from effects as the sum of two singles.
     goal
-        The state to reach: a value of ``obs[groupby]``, a boolean mask over cells, an AnnData of goal cells with the
-        same genes and scale, or a Series (gene -> wanted shift).
+        The state to reach: a value of ``obs[groupby]``, a boolean mask over cells, an AnnData of (other) goal cells with
+        the same genes and scale, or a Series (gene -> wanted shift).
     start
-        Where to start: as ``goal`` (no Series); by default the control cells.
+        Where to start: as ``goal`` (no shifts); by default the control cells, for a model with a ``split_key`` its test
+        controls if there are 100.
     groupby
         Column of obs for ``goal`` and ``start``; by default ``perturbation_key``.
     perturbations
@@ -95,7 +107,8 @@ def rank_perturbations(
     -------
     DataFrame, best first: ``perturbation``, ``n_targets``, ``progress``, ``std_error``, ``lower``, ``upper`` (95 %),
     ``pvals`` (of no progress), ``pvals_adj``, ``cosine``, ``remaining``, ``status`` (``trained``, ``combination``,
-    ``unseen``, ``measured``, ``sum``).
+    ``unseen``, ``measured``, ``sum``). ``std_error`` and what follows from it are NaN where the effect has no standard
+    deviation.
 
     Raises
     ------
@@ -115,45 +128,58 @@ def rank_perturbations(
     """
     if model is None and hasattr(adata, "predict_perturbation"):
         model, adata = adata, adata.adata
-    check_positive("n_doubles", n_doubles)
+        if adata is None:
+            raise ScpertError(
+                "The model was loaded without data: give cells too, rank_perturbations(adata, model, ...)."
+            )
+    check_whole("n_doubles", n_doubles)
     arguments: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
+    if model is not None and getattr(model, "adata", None) is adata and hasattr(model, "setup_args_"):
+        # its own data are read as it was told to; what is said here comes first
+        setup, said = model.setup_args_, {"layer": None, "scale": K.SCALE_AUTO, "library_size_key": None}
+        arguments = {name: setup[name] if value == said[name] else value for name, value in arguments.items()}
+        perturbation_key = setup["perturbation_key"] if perturbation_key == K.PERTURBATION else perturbation_key
+        control = setup["control"] if control == K.CONTROL else control
     screen = Screen(
         adata,
         perturbation_key=perturbation_key,
         control=control,
         allowed=K.SCALES,
-        require_control=start is None and not isinstance(goal, pd.Series),
+        require_control=start is None and not _is_shift(goal),
         **arguments,
     )
-    wanted, wanted_error = _direction(screen, goal, start, groupby or perturbation_key, perturbation_key)
-
     source: _Measured | _Predicted
     if model is None or hasattr(model, "var_names"):
-        source = _Measured(adata, model, perturbation_key, control, arguments)
+        source = _Measured(screen, model, arguments)
     else:
         source = _Predicted(model, control, random_state)
+        if start is None and not _is_shift(goal):
+            start = _held_out_controls(screen, model)
+    way = _direction(screen, goal, start, groupby or perturbation_key)
+    if isinstance(source, _Predicted) and start is None:
+        _warn_of_shared_controls(way, type(model).__name__)
     genes = screen.genes.intersection(source.genes, sort=False)
     if not len(genes):
         raise ScpertError(
             f"The predictions share no gene with adata ({listing(screen.genes[:4])} against {listing(source.genes[:4])})."
         )
-    at = screen.genes.get_indexer(genes)
-    wanted, wanted_error = wanted[at], wanted_error[at]
-    if not np.any(wanted):
+    way = way.take(screen.genes.get_indexer(genes))
+    if not np.any(way.shift):
         raise ScpertError("goal and start have the same mean profile: there is no way to go. Choose other cells.")
 
-    labels = source.known() if perturbations is None else [canonical(str(p), control) for p in perturbations]
+    asked = [perturbations] if isinstance(perturbations, str) else perturbations
+    labels = source.known() if asked is None else [canonical(str(p), control) for p in asked]
     labels = [p for p in dict.fromkeys(labels) if p != control]
     if not labels:
         raise ScpertError("There is no candidate: pass perturbations=, or a model that was trained on some.")
-    table = _rank(source, labels, genes, wanted, wanted_error, control, exclude_targets)
+    table = _rank(source, labels, genes, way, control, exclude_targets)
     if doubles:
         singles = table[(table["n_targets"] == 1) & (table["progress"] > 0)]
         best = singles.sort_values("progress", ascending=False, kind="stable")[K.PERTURBATION].head(int(n_doubles))
         pairs = [join(pair, control) for pair in itertools.combinations(sorted(best), 2)]
         pairs = [p for p in pairs if p not in set(labels)]
         if pairs and source.combines:
-            more = _rank(source, pairs, genes, wanted, wanted_error, control, exclude_targets)
+            more = _rank(source, pairs, genes, way, control, exclude_targets)
             table = pd.concat([table, more], ignore_index=True)
         elif pairs:
             logger.warning("%s predicts no combinations (scope 'seen'): doubles are left out.", type(model).__name__)
@@ -163,49 +189,109 @@ def rank_perturbations(
     return table.sort_values("remaining", kind="stable").reset_index(drop=True)
 
 
-def _direction(
-    screen: Screen, goal: Any, start: Any, groupby: str, perturbation_key: str
-) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(goal, pd.Series):
+@dataclass
+class _Way:
+    """From the mean of the start to that of the goal."""
+
+    shift: np.ndarray  # (gene,)
+    variance: np.ndarray  # of the means of goal and start (2, gene)
+    share: tuple[pd.Series, pd.Series] | None = None  # of the cells of each label that are in the goal, in the start
+
+    def take(self, index: np.ndarray) -> _Way:
+        return replace(self, shift=self.shift[index], variance=self.variance[:, index])
+
+    def shared(self, parts: list[str], control: str) -> np.ndarray:
+        """Covariance of the errors of the way and of the effects of ``parts``, summed ``(gene,)``.
+
+        The means of n and m cells, k of them the same, have the covariance v k / (n m): the share k / n of the
+        variance v / m.
+        """
+        out = np.zeros_like(self.shift)
+        if self.share is not None:
+            for share, variance, sign in zip(self.share, self.variance, (1, -1), strict=True):
+                common = sum(share.get(part, 0.0) - share.get(control, 0.0) for part in parts)
+                out += sign * common * variance
+        return out
+
+
+def _is_shift(goal: Any) -> bool:
+    """A Series of genes; a boolean one is a mask of cells, as ``adata.obs[...] == value`` gives it."""
+    return isinstance(goal, pd.Series) and goal.dtype != bool
+
+
+def _direction(screen: Screen, goal: Any, start: Any, groupby: str) -> _Way:
+    if _is_shift(goal):
         known = goal.index.intersection(screen.genes)
         if not len(known):
             raise ScpertError(f"goal= names no gene of adata ({listing(goal.index[:4])}).")
+        if not goal.index.is_unique:
+            raise ScpertError(f"goal= names genes more than once: {listing(goal.index[goal.index.duplicated()], 4)}.")
+        values = pd.to_numeric(goal, errors="coerce")
+        if not np.isfinite(values).all():
+            raise ScpertError(f"goal= has no finite shift for {listing(goal.index[~np.isfinite(values)], 4)}.")
         if len(known) < len(goal):
             logger.warning("goal=: %d of %d genes are not measured.", len(goal) - len(known), len(goal))
-        wanted = goal.reindex(screen.genes).fillna(0.0).to_numpy(dtype=np.float64)
-        return wanted, np.zeros_like(wanted)
-    mean, variance = [], []
+        wanted = values.reindex(screen.genes).fillna(0.0).to_numpy(dtype=np.float64)  # what is not named is to stay
+        return _Way(wanted, np.zeros((2, len(wanted))))
+    mean, variance, share = [], [], []
     for name, what in (("goal", goal), ("start", start)):
-        values = _cells(screen, name, what, groupby, perturbation_key)
+        values, mask = _cells(screen, name, what, groupby)
         m = np.asarray(values.mean(axis=0)).ravel().astype(np.float64)
         square = np.asarray(values.multiply(values).mean(axis=0)).ravel().astype(np.float64)
         n = values.shape[0]
         mean.append(m)
         variance.append(np.maximum(square - m**2, 0.0) / max(n - 1, 1))
-    return mean[0] - mean[1], np.sqrt(variance[0] + variance[1])
+        share.append(pd.Series(mask, dtype=float).groupby(screen.labels).mean())
+    return _Way(mean[0] - mean[1], np.stack(variance), (share[0], share[1]))
 
 
-def _cells(screen: Screen, name: str, what: Any, groupby: str, perturbation_key: str) -> sparse.csr_matrix:
+def _held_out_controls(screen: Screen, model: Any) -> np.ndarray | None:
+    """Control cells that a model did not learn from, boolean ``(cell,)``; ``None`` if they are few."""
+    key = getattr(model, "setup_args_", {}).get("split_key")
+    if key is None or key not in screen.adata.obs:
+        return None
+    held = screen.is_control & (screen.adata.obs[key].astype(str) == K.TEST).to_numpy()
+    if held.sum() < _HELD_OUT:  # their own noise would be the greater evil
+        return None
+    logger.info("start: the %d control cells that the model did not learn from (obs[%r])", held.sum(), key)
+    return held
+
+
+def _warn_of_shared_controls(way: _Way, name: str) -> None:
+    length = float(way.shift @ way.shift) - float(way.variance.sum())
+    noise = float(way.variance[1].sum()) / max(length, 1e-12)
+    if noise > 0.05:
+        logger.warning(
+            "%s may have learned from the control cells that the way starts from: their noise alone can make a progress of "
+            "up to %.2f. Train it with a split_key whose test cells hold controls, or give other controls as start=.",
+            name,
+            noise,
+        )
+
+
+def _cells(screen: Screen, name: str, what: Any, groupby: str) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Values of the cells that are meant, and which of those of the screen they are, boolean ``(cell,)``."""
+    none = np.zeros(screen.n_cells, dtype=bool)
     if what is None:
         if screen.scale == K.SCALE_EFFECTS and not screen.is_control.any():
-            return sparse.csr_matrix((1, screen.adata.n_vars))  # effects are relative to the control: it is zero
-        return screen.rows(screen.is_control)
+            return sparse.csr_matrix((1, screen.adata.n_vars)), none  # effects are relative to the control: it is zero
+        return screen.rows(screen.is_control), screen.is_control
     if hasattr(what, "var_names"):
         missing = screen.genes.difference(what.var_names)
         if len(missing):
             raise ScpertError(f"{name}= lacks {len(missing)} gene(s) of adata: {listing(missing, 5)}.")
         other = what[:, screen.genes].copy()
-        other.obs[perturbation_key] = screen.control
+        other.obs[screen.perturbation_key] = screen.control
         rows = Screen(
             other,
-            perturbation_key=perturbation_key,
+            perturbation_key=screen.perturbation_key,
             control=screen.control,
             scale=screen.scale,
             layer=screen.layer,
             allowed=K.SCALES,
             library_size_key=screen.library_size_key,
         )
-        return rows.rows(np.arange(rows.n_cells))
+        return rows.rows(np.arange(rows.n_cells)), none
     values = np.asarray(what)
     if values.dtype == bool:
         if values.shape != (screen.n_cells,):
@@ -213,7 +299,7 @@ def _cells(screen: Screen, name: str, what: Any, groupby: str, perturbation_key:
         mask = values
     else:
         labels = check_obs_key(screen.adata, groupby, "groupby").astype(str).to_numpy()
-        if groupby == perturbation_key:
+        if groupby == screen.perturbation_key:
             labels, what = screen.labels, canonical(str(what), screen.control)
         mask = labels == str(what)
         if not mask.any():
@@ -222,7 +308,7 @@ def _cells(screen: Screen, name: str, what: Any, groupby: str, perturbation_key:
             )
     if not mask.any():
         raise ScpertError(f"{name}= selects no cell.")
-    return screen.rows(mask)
+    return screen.rows(mask), mask
 
 
 class _Measured:
@@ -230,9 +316,27 @@ class _Measured:
 
     combines = True
 
-    def __init__(self, adata: AnnData, effects: Any, key: str, control: str, arguments: dict[str, Any]):
+    def __init__(self, screen: Screen, effects: Any, arguments: dict[str, Any]):
+        control = screen.control
         if effects is None:
-            effects = perturbation_effects(adata, perturbation_key=key, control=control, **arguments)
+            effects = perturbation_effects(
+                screen.adata, perturbation_key=screen.perturbation_key, control=control, **arguments
+            )
+            self.same_cells = True
+        else:  # effects say which controls they are relative to by their mean
+            mean = effects.var["control_mean"].reindex(screen.genes) if "control_mean" in effects.var else None
+            self.same_cells = (
+                mean is not None
+                and bool(screen.is_control.any())
+                and np.allclose(screen.rows(screen.is_control).mean(axis=0), mean, rtol=1e-4, atol=1e-6)
+            )
+        self.same_cells = self.same_cells and screen.scale != K.SCALE_EFFECTS
+        self.control_variance = np.zeros(effects.n_vars)  # of the mean of the controls
+        if self.same_cells:
+            controls = screen.rows(screen.is_control).astype(np.float64)
+            spread = np.asarray(controls.power(2).mean(axis=0) - np.square(controls.mean(axis=0))).ravel()
+            at = screen.genes.get_indexer(effects.var_names)
+            self.control_variance = np.maximum(spread, 0.0)[at] / max(controls.shape[0] - 1, 1)
         self.control = control
         self.genes = effects.var_names
         labels = effects.obs[K.PERTURBATION] if K.PERTURBATION in effects.obs else effects.obs_names.to_series()
@@ -240,7 +344,11 @@ class _Measured:
         values = effects.layers[K.DELTA] if K.DELTA in effects.layers else effects.X
         self.shift = values.toarray() if sparse.issparse(values) else np.asarray(values)
         error = next((effects.layers[name] for name in (K.STD_ERROR, K.STD) if name in effects.layers), None)
-        self.error = np.zeros_like(self.shift) if error is None else np.nan_to_num(np.asarray(error))
+        self.error = np.full(self.shift.shape, np.nan) if error is None else np.asarray(error)
+
+    def parts(self, label: str) -> list[str]:
+        """Measured effects that are added for a label."""
+        return [label] if label in self.row else list(parse(label, self.control))
 
     def known(self) -> list[str]:
         return list(self.row)
@@ -250,13 +358,14 @@ class _Measured:
         shift, variance = np.zeros((len(labels), len(genes))), np.zeros((len(labels), len(genes)))
         status = []
         for i, label in enumerate(labels):
-            parts = [label] if label in self.row else list(parse(label, self.control))
+            parts = self.parts(label)
             missing = [p for p in parts if p not in self.row]
             if missing:
                 raise ScpertError(f"No effect of {listing(missing)} was measured; measured are {listing(self.row)}.")
             for part in parts:
                 shift[i] += self.shift[self.row[part], at]
                 variance[i] += self.error[self.row[part], at] ** 2
+            variance[i] += len(parts) * (len(parts) - 1) * self.control_variance[at]  # the same controls in each part
             status.append("measured" if len(parts) == 1 else "sum")
         return shift, np.sqrt(variance), status
 
@@ -292,7 +401,7 @@ class _Predicted:
                 found = found[[order[label] for label in block]]
             delta = found.layers[K.DELTA]
             delta = delta.toarray() if sparse.issparse(delta) else np.asarray(delta)
-            std = np.nan_to_num(np.asarray(found.layers[K.STD])) if K.STD in found.layers else np.zeros_like(delta)
+            std = np.asarray(found.layers[K.STD]) if K.STD in found.layers else np.full(delta.shape, np.nan)
             shift.append(delta[:, at])
             error.append(std[:, at])
             status += [str(s) for s in found.obs[K.STATUS]] if K.STATUS in found.obs else [K.TRAINED] * len(block)
@@ -303,8 +412,7 @@ def _rank(
     source: _Measured | _Predicted,
     labels: list[str],
     genes: pd.Index,
-    wanted: np.ndarray,
-    wanted_error: np.ndarray,
+    way: _Way,
     control: str,
     exclude_targets: bool,
 ) -> pd.DataFrame:
@@ -313,19 +421,21 @@ def _rank(
     for label, delta, std, state in zip(labels, shift, error, status, strict=True):
         targets = parse(label, control)
         use = ~genes.isin(targets) if exclude_targets else np.ones(len(genes), dtype=bool)
-        d, x, sd, sx = wanted[use], delta[use], wanted_error[use], std[use]
+        same = isinstance(source, _Measured) and source.same_cells
+        shared = way.shared(source.parts(label), control)[use] if same else np.zeros(int(use.sum()))
+        d, x, vd, vx = way.shift[use], delta[use], way.variance.sum(axis=0)[use], std[use] ** 2
         length = float(d @ d)
         if length == 0:
             done = cosine = left = spread = np.nan
         else:
-            way = max(length - float(sd @ sd), 0.1 * length)  # the noise of the profiles lengthens the way
-            done = float(x @ d) / way
+            far = max(length - float(vd.sum()), 0.1 * length)  # the noise of the profiles lengthens the way
+            along = float(x @ d - shared.sum())
+            done = along / far
             size = float(np.sqrt(x @ x))
-            cosine = float(x @ d) / np.sqrt(length) / size if size > 0 else 0.0
+            cosine = along / np.sqrt(length) / size if size > 0 else 0.0
             left = float(np.sqrt(((d - x) ** 2).sum() / length))
-            by_effect = ((d / way) ** 2 * sx**2).sum()
-            by_goal = (((x - 2 * done * d) / way) ** 2 * sd**2).sum()
-            spread = float(np.sqrt(by_effect + by_goal))
+            slope = x - 2 * done * d  # of the progress, with respect to the way
+            spread = float(np.sqrt(max((d**2 * vx + slope**2 * vd + 2 * d * slope * shared).sum(), 0.0))) / far
         z = done / spread if spread and spread > 0 else np.nan
         rows.append(
             {
