@@ -240,6 +240,20 @@ def test_combinations_learn_saturation():
     assert error(ours) < 0.3 * error(theirs)
 
 
+def test_what_knock_outs_do_to_their_own_genes_is_not_spread_to_relatives(fitted):
+    adata, go, _ = fitted
+    train, models = adata[:60].copy(), []
+    train.var_names = [f"p{i}" for i in range(train.n_vars)]
+    own = np.arange(train.n_vars)
+    for shift in (-3.0, -9.0):
+        train.X[own, own] = shift
+        models.append(fit(train.copy(), knowledge={"go": go}))
+    np.testing.assert_allclose(models[1].alpha_, models[0].alpha_, atol=1e-5)
+    unseen = [model.predict_perturbation(list(adata.obs_names[60:])).X for model in models]
+    np.testing.assert_allclose(unseen[1], unseen[0], atol=0.02)  # the mean has own genes, with the rest of the trust
+    assert models[1].predict_perturbation(["p3"]).X[0, 3] == -9.0
+
+
 def test_known_errors_shrink_a_trained_effect(fitted):
     adata, go, _ = fitted
     noisy = adata[:60].copy()

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     )
     for n, signal in ((15, 0), (25, 0), (60, 0), (200, 0), (15, 0.3), (25, 0.15), (60, 0.1), (60, 0.3)):
         row = []
-        for trust in (lambda folds, deviations: 1.0, learned):
+        for trust in (lambda folds, deviations, centres: 1.0, learned):
             _gp._trust = trust
             values = [relative_error(n, signal, seed) for seed in range(20)]
             row.append(f"{np.mean(values):.3f}, {np.max(values):.3f}")

@@ -173,6 +173,22 @@ class Effects:
             return np.zeros(len(self.genes), dtype=np.float32)
         return self.delta.mean(axis=0)
 
+    def without_own(self) -> np.ndarray:
+        """Effects with each target's own gene set to that gene's mean over the rows that do not target it, as ``delta``.
+
+        What a knock-out does to its own gene says nothing of what others do: it is not to be spread to related targets.
+        """
+        gene = {g: j for j, g in enumerate(self.genes)}
+        own = [(i, gene[t]) for i, targets in enumerate(self.targets) for t in targets if t in gene]
+        if not own:
+            return self.delta
+        i, j = np.array(own).T
+        out = self.delta.copy()
+        out[i, j] = 0.0
+        others = len(out) - np.bincount(j, minlength=out.shape[1])
+        out[i, j] = (out.sum(axis=0, dtype=np.float64) / np.maximum(others, 1))[j]
+        return out
+
     def subset(self, rows: np.ndarray) -> Effects:
         """The same for some rows."""
         rows = np.asarray(rows)

@@ -227,12 +227,13 @@ class KnowledgeGP(KnowledgeModel):
 
     Notes
     -----
-    A target that no table knows has exactly the mean effect and the status ``fallback``. ``trust_`` in [0, 1] says how far the
-    knowledge is followed; at 0 every unseen target has exactly the mean. A perturbation that was trained on has
-    its own effect, shrunk to what the model would predict without it in proportion to its standard errors, where these are
-    known. Combinations are sums over targets, times a scale, plus a low-rank interaction
-    (ridge on :math:`u_a + u_b` and :math:`u_a \circ u_b`), both learned from training combinations by leave-one-out, and left out
-    where they do not help; if all targets are unseen, as far as the knowledge is trusted, and the mean once for the rest.
+    A target that no table knows has exactly the mean effect and the status ``fallback``. ``trust_`` in [0, 1] says how
+    far the knowledge is followed; at 0 every unseen target has exactly the mean. What a perturbation does to its own
+    gene is not learned from: it says nothing of related targets. A perturbation that was trained on has its own effect,
+    shrunk to what the model would predict without it in proportion to its standard errors, where these are known.
+    Combinations are sums over targets, times a scale, plus a low-rank interaction (ridge on :math:`u_a + u_b` and
+    :math:`u_a \circ u_b`), both learned from training combinations by leave-one-out, and left out where they do not
+    help; if all targets are unseen, as far as the knowledge is trusted, and the mean once for the rest.
     ``layers["lower"]`` and ``["upper"]`` hold 90 % limits for a new measurement of the effect, ``["std"]`` its standard deviation.
 
     Examples
@@ -285,7 +286,7 @@ class KnowledgeGP(KnowledgeModel):
         if len(self.singles_) == 0 or len(self.axes_) == 0:
             return self._used
         e = self.effects_
-        rows = e.delta[[e.singles[t] for t in self.singles_]] / self.scale_row_[:, None]
+        rows = e.without_own()[[e.singles[t] for t in self.singles_]] / self.scale_row_[:, None]
         return self._coherent(list(self.singles_), rows - self.centre_, self.axes_)
 
     def _coherent(self, names: list[str], residual: np.ndarray, axes: np.ndarray) -> dict[str, GeneFeatures]:
@@ -296,7 +297,8 @@ class KnowledgeGP(KnowledgeModel):
     def _own(self) -> GeneFeatures:
         """Genes by their profiles over the training perturbations, within their leading components."""
         if "_own_features" not in self.__dict__:
-            self.__dict__["_own_features"] = self._profiles(self.effects_.delta - self.effects_.mean)
+            effects = self.effects_.without_own()
+            self.__dict__["_own_features"] = self._profiles(effects - effects.mean(axis=0))
         return self.__dict__["_own_features"]
 
     def _profiles(self, centred: np.ndarray) -> GeneFeatures:
@@ -349,7 +351,7 @@ class KnowledgeGP(KnowledgeModel):
         self.held_out_ = np.zeros((0, self.n_genes), dtype=np.float32)
         self._reset()
         if len(self.singles_) >= 3:
-            self._fit_process(e.delta[[e.singles[t] for t in self.singles_]].astype(np.float64))
+            self._fit_process(e.without_own()[[e.singles[t] for t in self.singles_]].astype(np.float64))
         else:
             if self._tables:
                 logger.warning(
@@ -595,7 +597,7 @@ class KnowledgeGP(KnowledgeModel):
         if len(e.labels) == len(self.singles_):
             return delta[fold.train].mean(axis=0), fold.centre
         held = {self.singles_[i] for i in fold.test}
-        rows = e.delta[[i for i, targets in enumerate(e.targets) if not held & set(targets)]].astype(np.float64)
+        rows = e.without_own()[[i for i, targets in enumerate(e.targets) if not held & set(targets)]].astype(np.float64)
         length, strongest = np.linalg.norm(rows, axis=1), int(amplitude.argmax())
         size = np.maximum(length / np.linalg.norm(delta[strongest]) * amplitude[strongest], 0.05)
         return rows.mean(axis=0), (rows / np.sqrt(size)[:, None]).mean(axis=0)

@@ -222,7 +222,7 @@ class _GraphModel(PerturbationModel):
         module = self.module
         module.control_mean = torch.as_tensor(e.control_mean, device=module.control_mean.device)
         self._own = self._on_target()
-        fitted = self._without_own(e.delta)
+        fitted = e.without_own()
         square = np.nan_to_num(e.std_error) ** 2
         noise = square.mean(axis=1)
         self._prior = GraphPrior(self._relations).fit(
@@ -262,7 +262,7 @@ class _GraphModel(PerturbationModel):
         if self._judges:
             rows = np.array([e.row[x] for x in self._judges])
             correction = self._correction([e.targets[i] for i in rows])
-            missing = self._without_own(e.delta)[rows] - self._prior.loo[rows]
+            missing = e.without_own()[rows] - self._prior.loo[rows]
             seen = np.array([len(e.targets[i]) > 1 and all(t in e.singles for t in e.targets[i]) for i in rows])
             for kind, of in ((K.UNSEEN, ~seen), (K.COMBINATION, seen)):
                 of = of if of.sum() >= _FEWEST_JUDGES else np.ones_like(of)  # too few of a kind: all judge
@@ -300,20 +300,6 @@ class _GraphModel(PerturbationModel):
         self._own_rule = (0.0, slope) if proportional else (float(constant), 0.0)
         return own
 
-    def _without_own(self, delta: np.ndarray) -> np.ndarray:
-        """Effects with each target's own gene set to that gene's mean: the graphs are not to spread it to neighbours."""
-        e, gene = self.effects_, self._gene_position
-        rows = [(i, gene[t]) for i, targets in enumerate(e.targets) for t in targets if t in gene]
-        if not rows:
-            return delta
-        i, j = np.array(rows).T
-        out = delta.astype(np.float64).copy()
-        out[i, j] = np.nan
-        count = (~np.isnan(out)).sum(axis=0)
-        mean = np.where(count > 0, np.nansum(out, axis=0) / np.maximum(count, 1), 0.0)
-        out[i, j] = mean[j]
-        return out
-
     def _put_own(self, delta: np.ndarray, targets: Sequence[tuple[str, ...]]) -> None:
         gene, e = self._gene_position, self.effects_
         for i, row in enumerate(targets):
@@ -335,7 +321,7 @@ class _GraphModel(PerturbationModel):
         self._calibration = {}
         if not self._anchored or len(self.effects_.labels) < _FEWEST_JUDGES:
             return
-        error = np.abs(self._without_own(self.effects_.delta) - self._prior.loo)
+        error = np.abs(self.effects_.without_own() - self._prior.loo)
         variance = 1.0 / np.diag(self._prior.inverse)
         scaled = error / np.sqrt(variance)[:, None]
         gene_sd = np.sqrt(np.mean(scaled**2, axis=0) + 1e-8)
