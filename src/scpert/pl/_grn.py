@@ -307,8 +307,11 @@ def grn_evaluation(
             label=str(label).replace("_", " "),
         )
     ax.set_xscale("log")
+    sizes = sorted(table["k"].unique())
+    ax.set_xticks(sizes, [f"{int(n):,}" for n in sizes])
+    ax.minorticks_off()
     ax.set_xlabel("strongest edges")
     ax.set_ylabel(metric.replace("_", " "))
     ax.set_title(f"judged by {evidence}", fontsize="medium")
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return finish(ax, show, return_fig)

@@ -156,6 +156,10 @@ def evaluate_grn(
     if n_permutations != 0:
         check_whole("n_permutations", n_permutations)
     parameters = notes["parameters"]
+    if (
+        scale == K.SCALE_AUTO and parameters["scale"] == K.SCALE_EFFECTS
+    ):  # what a table of effects is like cannot be seen
+        scale = K.SCALE_EFFECTS
     arguments = {
         "perturbation_key": perturbation_key or str(parameters["perturbation_key"]),
         "control": control or str(parameters["control"]),
