@@ -259,10 +259,13 @@ def test_known_errors_shrink_a_trained_effect(fitted):
     noisy = adata[:60].copy()
     noisy.layers["std_error"] = np.full(noisy.shape, 0.05, dtype=np.float32)
     noisy.layers["std_error"][3] = 3.0
+    noisy.var_names = ["p3" if i == 3 else x for i, x in enumerate(noisy.var_names)]
+    noisy.X[3, 3] = -9.0
     model = fit(noisy, knowledge={"go": go})
     out = model.predict_perturbation(["p3", "p4"])
     moved = np.abs(out.X - noisy[["p3", "p4"]].X).mean(axis=1)
     assert moved[0] > 10 * moved[1]
+    assert out.X[0, 3] == -9.0  # of its own gene the others tell nothing
     assert model.noise_row_[list(model.singles_).index("p3")] > 3 * np.median(model.noise_row_)
 
 

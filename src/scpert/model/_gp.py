@@ -719,7 +719,7 @@ class KnowledgeGP(KnowledgeModel):
         return Prediction(delta, std, lower, upper, fallback)
 
     def _posterior(self, target: str) -> tuple[np.ndarray, np.ndarray]:
-        """Own effect of a trained target, shrunk by its standard errors to what is predicted without it."""
+        """Own effect of a trained target, shrunk by its standard errors to what is predicted without it, but for its own gene."""
         e = self.effects_
         row = e.singles[target]
         own, error = e.delta[row].astype(np.float64), e.std_error[row].astype(np.float64)
@@ -729,6 +729,7 @@ class KnowledgeGP(KnowledgeModel):
         prior2 = np.maximum(self.gene_sd_**2 - np.nanmedian(e.std_error**2, axis=0), 0.1 * self.gene_sd_**2)
         error2 = np.where(np.isfinite(error), error**2, 0.0)
         weight = prior2 / (prior2 + error2)
+        weight[self.effects_.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
         return weight * own + (1 - weight) * self.held_out_[where[0]], np.sqrt(weight * error2)
 
     # ------------------------------------------------------------------------------------------ explanation
