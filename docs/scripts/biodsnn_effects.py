@@ -81,10 +81,11 @@ def difference(gain: np.ndarray) -> str:
     )
 
 
-def predict(adata: AnnData, name: str, known: dict, mask, test: list[str], epochs: int, linear: bool) -> dict:
+def predict(adata: AnnData, name: str, known: dict, mask, test: list[str], epochs: int, form: str) -> dict:
     """Predictions of the test perturbations, with the network's part and without it."""
     import scpert
 
+    linear = form == "linear"
     cls = getattr(scpert.model, name)
     cls.setup_anndata(adata, scale="effects", split_key="split")
     if name in ("GEARS", "BioDSNN"):
@@ -94,6 +95,8 @@ def predict(adata: AnnData, name: str, known: dict, mask, test: list[str], epoch
             extra = {"limit_train_batches": 1}
             edge = pd.DataFrame({"source": adata.var_names[:1], "target": adata.var_names[1:2], "weight": 1.0})
             options |= {"gene_net": edge, "n_hidden": 2} | ({"n_feedforward": 2} if name == "BioDSNN" else {})
+        if form == "published":
+            options["published"] = True
         model = cls(adata, perturbation_net=known, **options)
         model.train(max_epochs=1 if linear else epochs, accelerator="cpu", batch_size=32, **extra)
     else:
@@ -115,7 +118,8 @@ def main() -> None:
     parser.add_argument("table", choices=list(FILES))
     parser.add_argument("--models", nargs="*", default=["PerturbedMean", "KNN", "Ridge", "GEARS", "BioDSNN"])
     parser.add_argument("--sets", nargs="*", help="knowledge, such as 'go' or 'go+string'; default: all")
-    parser.add_argument("--linear", action="store_true")
+    parser.add_argument("--linear", action="store_true", help="without the network")
+    parser.add_argument("--published", action="store_true", help="the published form: the network alone, 20 epochs")
     parser.add_argument("--genes", type=int)
     parser.add_argument("--folds", nargs="*", type=int, default=list(range(10)))
     parser.add_argument("--epochs", type=int)
@@ -136,21 +140,24 @@ def main() -> None:
     values = pd.DataFrame(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, index=labels)
     observed = values.groupby(level=0).mean()
     gene = {g: i for i, g in enumerate(adata.var_names)}
+    form = "linear" if args.linear else "published" if args.published else ""
     for which in [s.split("+") for s in args.sets] if args.sets else SETS[args.table]:
         known = {k: tables[k] for k in which}
         by_model: dict[str, np.ndarray] = {}
         for name in args.models:
-            epochs = args.epochs or EPOCHS.get(name, {}).get(args.table, 0)
+            epochs = args.epochs or (20 if args.published else EPOCHS.get(name, {}).get(args.table, 0))
             scores: dict[str, list] = {"full": [], "linear": []}
             error: dict[str, list] = {"full": [], "linear": []}
             trust, inside, start = [], [], time.process_time()
             for f in args.folds:
                 test = [x for x in distinct if fold[x] == f]
-                tag = "-".join([args.table, name, *which, str(args.genes), "linear" if args.linear else str(epochs)])
+                tag = "-".join(
+                    [args.table, name, *which, str(args.genes), "linear" if args.linear else f"{form}{epochs}"]
+                )
                 file = args.out / f"{tag.replace(' ', '_')}-{f}.npz"
                 if not file.exists():
                     adata.obs["split"] = np.where(np.isin(labels, test), "test", "train")
-                    np.savez(file, **predict(adata, name, known, mask, test, epochs, args.linear))
+                    np.savez(file, **predict(adata, name, known, mask, test, epochs, form))
                 saved = np.load(file)
                 mean = saved["mean"]
                 trust.append(float(saved["trust"]))
@@ -168,13 +175,14 @@ def main() -> None:
                         error[key].append((((p - o)[keep] ** 2).sum(), ((mean - o)[keep] ** 2).sum()))
             both = np.array(error["full"])
             by_model[name] = np.column_stack([np.array(scores["full"]), both[:, 0] / both[:, 1].mean()])
-            network = name in ("GEARS", "BioDSNN") and not args.linear
+            network = name in ("GEARS", "BioDSNN") and not form
             for key in ("full", "linear") if network else ("full",):
                 r, c = np.mean(scores[key], axis=0)
                 e = np.sum(error[key], axis=0)
                 note = f", trust in the network {np.mean(trust):.2f}" if network and key == "full" else ""
                 note += f", {100 * np.mean(inside):.0f} % inside the 90 % limits" if inside and key == "full" else ""
                 shown = f"{name}{', its linear graph model' if key == 'linear' or (args.linear and np.isfinite(trust[0])) else ''}"
+                shown += ", published" if args.published else ""
                 print(
                     f"{args.table:>6} {adata.n_vars} genes {'+'.join(which):<20} {shown:<34} r {r:.3f}, centred {c:.3f}, "
                     f"squared error {e[0] / e[1]:.3f} of the mean's{note} ({time.process_time() - start:.0f} s)",
