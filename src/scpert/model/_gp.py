@@ -552,7 +552,8 @@ class KnowledgeGP(KnowledgeModel):
         n = len(delta)
         L = self.learn_
         deviations = [(F * self.gain_[: F.shape[1]]) @ f.axes for f, F in zip(folds, scores, strict=True)]
-        means, centres = zip(*(self._without(f, delta, amplitude) for f in folds), strict=True)
+        every = self.effects_.without_own()
+        means, centres = zip(*(self._without(f, delta, every, amplitude) for f in folds), strict=True)
         self.trust_ = _trust(folds, deviations, centres)
         if self.trust_ == 0:
             logger.warning(
@@ -588,16 +589,18 @@ class KnowledgeGP(KnowledgeModel):
         pooled = float(np.quantile(ratio, level))
         self.quantile_ = np.quantile(ratio, level, axis=0) if len(L) >= 200 else np.full(delta.shape[1], pooled)
 
-    def _without(self, fold: _Fold, delta: np.ndarray, amplitude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _without(
+        self, fold: _Fold, delta: np.ndarray, every: np.ndarray, amplitude: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What held-out targets are given without knowledge: the mean of all other perturbations, and that of their scaled effects.
 
-        Combinations count, too, and targets that no table knows.
+        Combinations count, too, and targets that no table knows: ``every`` are the effects of all, without own genes.
         """
         e = self.effects_
         if len(e.labels) == len(self.singles_):
             return delta[fold.train].mean(axis=0), fold.centre
         held = {self.singles_[i] for i in fold.test}
-        rows = e.without_own()[[i for i, targets in enumerate(e.targets) if not held & set(targets)]].astype(np.float64)
+        rows = every[[i for i, targets in enumerate(e.targets) if not held & set(targets)]].astype(np.float64)
         length, strongest = np.linalg.norm(rows, axis=1), int(amplitude.argmax())
         size = np.maximum(length / np.linalg.norm(delta[strongest]) * amplitude[strongest], 0.05)
         return rows.mean(axis=0), (rows / np.sqrt(size)[:, None]).mean(axis=0)
@@ -729,7 +732,7 @@ class KnowledgeGP(KnowledgeModel):
         prior2 = np.maximum(self.gene_sd_**2 - np.nanmedian(e.std_error**2, axis=0), 0.1 * self.gene_sd_**2)
         error2 = np.where(np.isfinite(error), error**2, 0.0)
         weight = prior2 / (prior2 + error2)
-        weight[self.effects_.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
+        weight[e.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
         return weight * own + (1 - weight) * self.held_out_[where[0]], np.sqrt(weight * error2)
 
     # ------------------------------------------------------------------------------------------ explanation

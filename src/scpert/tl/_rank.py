@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,6 @@ from .._progress import progress
 from ..data import Screen, canonical, join, parse
 from ..errors import ScpertError
 from ._effects import benjamini_hochberg, perturbation_effects
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["rank_perturbations"]
 
