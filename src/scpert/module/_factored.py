@@ -135,31 +135,41 @@ class FactoredModule(BaseModuleClass):
 
     # ------------------------------------------------------------------------------------------ global latents
 
-    def sample_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw effects ``(row, width)`` of some targets and their KL ``(row,)``."""
-        kl = torch.zeros(len(rows), device=rows.device)
-        mask = None
-        if self.use_mask:
-            logits = self.mask_logits[rows]
-            mask = straight_through_bernoulli(logits)
-            kl = kl + bernoulli_kl(logits, self.mask_prior).sum(1)
-        loc, log_scale = self.effect_parameters(rows, mask)
-        effect = loc + torch.exp(log_scale) * torch.randn_like(loc)
-        kl = kl + normal_kl(loc, log_scale, self.effect_scale).sum(1)
-        return (effect if mask is None else mask * effect), kl
+    def parameters_of(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the global parameters that a batch needs, ``(row, width)`` each; gathered once for all draws."""
+        names = ["mask_logits"] if self.use_mask else []
+        names += [] if self.correlated_guide else ["effect_loc", "effect_log_scale"]
+        return {name: getattr(self, name).index_select(0, rows) for name in names}
 
-    def effect_parameters(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sample_rows(self, rows: Tensor, gathered: dict[str, Tensor], *, kl: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Draw effects ``(row, width)`` of some targets; and their KL ``(row,)``, if it is asked for."""
+        mask = straight_through_bernoulli(gathered["mask_logits"]) if self.use_mask else None
+        loc, log_scale = self.effect_parameters(rows, mask, gathered)
+        effect = loc + torch.exp(log_scale) * torch.randn_like(loc)
+        drawn = effect if mask is None else mask * effect
+        if not kl:
+            return drawn, None
+        total = normal_kl(loc, log_scale, self.effect_scale).sum(1)
+        if self.use_mask:
+            total = total + bernoulli_kl(gathered["mask_logits"], self.mask_prior).sum(1)
+        return drawn, total
+
+    def effect_parameters(
+        self, rows: Tensor, mask: Tensor | None, gathered: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Location and log-scale of q(E | M) for some targets, ``(row, width)`` each."""
         if not self.correlated_guide:
-            return self.effect_loc[rows], self.effect_log_scale[rows]
+            gathered = self.parameters_of(rows) if gathered is None else gathered
+            return gathered["effect_loc"], gathered["effect_log_scale"]
         which = F.one_hot(rows, self.n_targets).to(self.guide_head.weight.dtype)
         loc, log_scale = self.guide_head(self.guide(mask, which)).chunk(2, dim=1)
         return loc, log_scale.clamp(-6, 1) - 1.0
 
     def mean_rows(self, rows: Tensor) -> Tensor:
         """Posterior mean of the effects, ``(row, width)``."""
-        mask = torch.sigmoid(self.mask_logits[rows]) if self.use_mask else None
-        loc, _ = self.effect_parameters(rows, mask)
+        gathered = self.parameters_of(rows)
+        mask = torch.sigmoid(gathered["mask_logits"]) if self.use_mask else None
+        loc, _ = self.effect_parameters(rows, mask, gathered)
         return loc if mask is None else mask * loc
 
     @staticmethod
@@ -229,13 +239,21 @@ class FactoredModule(BaseModuleClass):
         return F.log_softmax(logits, dim=1)
 
     @auto_move_data
-    def inference(self, tensors: dict[str, Tensor], embedded: Tensor | None = None) -> dict[str, Any]:
-        """Sample global rows and the basal state of each cell."""
-        embedded = self.embed(tensors["x"], tensors["library"]) if embedded is None else embedded
-        rows, member, which = self.distinct(tensors["codes"])
-        effects, row_kl = self.sample_rows(rows)
+    def inference(self, tensors: dict[str, Tensor], first: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Sample global rows and the basal state of each cell.
+
+        ``first`` is the result of an earlier draw for the same cells: what does not depend on the draw is taken from it.
+        """
+        if first is None:
+            embedded = self.embed(tensors["x"], tensors["library"])
+            rows, member, which = self.distinct(tensors["codes"])
+            gathered = self.parameters_of(rows)
+        else:
+            embedded, rows, member, gathered = (first[k] for k in ("embedded", "rows", "member", "gathered"))
+            which = first["effect"][1]
+        effects, row_kl = self.sample_rows(rows, gathered, kl=first is None)
         perturbation = member @ effects
-        kl_per_cell = (member @ (row_kl / self.cells_per_target[rows]))[which]
+        kl_per_cell = None if row_kl is None else (member @ (row_kl / self.cells_per_target[rows]))[which]
         artefact = None
         if self.use_quality:
             draw = self.quality_loc + torch.exp(self.quality_log_scale) * torch.randn_like(self.quality_loc)
@@ -256,6 +274,7 @@ class FactoredModule(BaseModuleClass):
             "kl_rows": kl_per_cell,
             "rows": rows,
             "member": member,
+            "gathered": gathered,
         }
 
     @auto_move_data
@@ -283,7 +302,7 @@ class FactoredModule(BaseModuleClass):
         kl_rows = o["kl_rows"]
         if self.training and self.n_particles > 1:  # further draws of every latent
             for _ in range(self.n_particles - 1):
-                again = self.inference(tensors, o["embedded"])
+                again = self.inference(tensors, o)
                 reconstruction = reconstruction + reconstruct(self.generative(tensors, again)["log_rho"])
             reconstruction = reconstruction / self.n_particles
         kl_cell = normal_kl(o["loc"], o["log_scale"]).sum(1)
@@ -296,11 +315,11 @@ class FactoredModule(BaseModuleClass):
             extra["counterfactual"] = self._counterfactual(tensors, o)
             loss = loss + self.counterfactual_weight * extra["counterfactual"]
         if self.gene_space and self.grn_weight > 0 and len(o["rows"]) and (self.published or self.evidence.numel()):
-            extra["grn"] = self._alignment_published(tensors, o) if self.published else self._alignment(o["rows"])
+            extra["grn"] = self._alignment_published(tensors, o) if self.published else self._alignment(o)
             loss = loss + self.grn_weight * extra["grn"]
         if self.gene_space and self.use_mask and self.sparsity_weight > 0 and len(o["rows"]):
             extra["sparsity"] = torch.sigmoid(
-                self.mask_logits if self.published else self.mask_logits[o["rows"]]
+                self.mask_logits if self.published else o["gathered"]["mask_logits"]
             ).mean()
             loss = loss + self.sparsity_weight * extra["sparsity"]
         return LossOutput(
@@ -328,31 +347,33 @@ class FactoredModule(BaseModuleClass):
         )
         return normal_kl_pair(*real, *told).sum(1).mean()
 
-    def adjacency(self, rows: Tensor | None = None) -> Tensor:
+    def adjacency(self, rows: Tensor | None = None, gathered: dict[str, Tensor] | None = None) -> Tensor:
         """Each possible edge in [-1, 1]: mask probability x (smoothed) sign of the effect, ``(target, gene)``.
 
         The sign, not the size: a small effect can be certain, and the alignment must not inflate it.
         """
         rows = torch.arange(self.n_targets, device=self.x_mean.device) if rows is None else rows
-        mask = torch.sigmoid(self.mask_logits[rows]) if self.use_mask else None
-        loc, _ = self.effect_parameters(rows, mask)
+        gathered = self.parameters_of(rows) if gathered is None else gathered
+        mask = torch.sigmoid(gathered["mask_logits"]) if self.use_mask else None
+        loc, _ = self.effect_parameters(rows, mask, gathered)
         strength = loc * torch.rsqrt(loc**2 + _SMALL_EFFECT**2)
         return strength if mask is None else mask * strength
 
-    def _alignment(self, rows: Tensor) -> Tensor:
+    def _alignment(self, o: dict[str, Any]) -> Tensor:
         """Weighted squared distance of the K-hop accumulation from the signed evidence, for the rows in the batch.
 
         The network that passes effects on is held fixed within a step: gradients reach the rows in the batch, each of
         which has evidence of its own, and not all rows through every hop.
         """
+        rows, own = o["rows"], self.adjacency(o["rows"], o["gathered"])
         if self.n_hops and len(self.hop_rows):
             with torch.no_grad():
                 full = self.adjacency(self.hop_rows)
                 order = torch.arange(len(self.hop_rows), device=rows.device)
                 scale = k_hop_scale(full, self.hop_columns, order) / self.hop_decay
-            total = k_hop(self.adjacency(rows), full, self.hop_columns, order, self.n_hops, scale)
+            total = k_hop(own, full, self.hop_columns, order, self.n_hops, scale)
         else:
-            total = self.adjacency(rows)
+            total = own
         weight = self.evidence_weight[rows]
         return (weight * (total - self.evidence[rows]) ** 2).sum() / weight.sum().clamp_min(1.0)
 
@@ -360,7 +381,7 @@ class FactoredModule(BaseModuleClass):
         """The paper's term: L1 between the accumulated logits and |x - matched control| - threshold, per cell."""
         rows, which = o["rows"], o["effect"][1]
         scale = torch.tensor(float(self.n_genes), device=which.device)
-        start = self.mask_logits[rows]
+        start = o["gathered"]["mask_logits"]
         total = k_hop(start, self.mask_logits, self.hop_columns, self.hop_rows, self.n_hops, scale)
         wanted = torch.log1p(tensors["x"] / tensors["library"] * K.TARGET_SUM)
         partner = torch.log1p(tensors["control_x"] / tensors["control_library"] * K.TARGET_SUM)
