@@ -274,6 +274,25 @@ def test_arguments_of_training(small_screen):
         model.predict_perturbation(adata=small_screen.X)
 
 
+@pytest.mark.parametrize("seed", [None, "a", 1.5, -1, 2**32, True])
+def test_a_seed_is_a_whole_number(seed, small_screen, trained):
+    adata = small_screen
+    scpert.model.PerturbedMean.setup_anndata(adata)
+    calls = [
+        lambda: scpert.model.PerturbedMean(adata).train(random_state=seed),
+        lambda: scpert.model.CPAVAE(adata, n_latent=4, n_hidden=8, random_state=seed),
+        lambda: trained("PerturbedMean")[0].predict_perturbation(random_state=seed),
+        lambda: scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5, random_state=seed),
+        lambda: scpert.tl.infer_grn(adata, random_state=seed),
+        lambda: scpert.pp.match_controls(adata, random_state=seed),
+    ]
+    if seed is not None:  # a generator or None draw anew
+        calls.append(lambda: scpert.pp.split(adata, kind="cells", random_state=seed))
+    for call in calls:
+        with pytest.raises(ScpertError, match="random_state=.*whole number from 0"):
+            call()
+
+
 def test_files_of_a_newer_format_and_damaged_ones_are_refused(trained, tmp_path):
     model, *_ = trained("GPOVAE")
     model.save(tmp_path / "m")

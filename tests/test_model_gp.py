@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import scpert
+from scpert.data._effects import Effects
 from scpert.errors import ScpertError, UnknownTargetError
 from scpert.model import KnowledgeGP
 from scpert.model import _gp as gp
@@ -252,6 +253,53 @@ def test_what_knock_outs_do_to_their_own_genes_is_not_spread_to_relatives(fitted
     unseen = [model.predict_perturbation(list(adata.obs_names[60:])).X for model in models]
     np.testing.assert_allclose(unseen[1], unseen[0], atol=0.02)  # the mean has own genes, with the rest of the trust
     assert models[1].predict_perturbation(["p3"]).X[0, 3] == -9.0
+
+
+def test_own_gene_of_an_unseen_target_moves_as_those_of_trained_ones(fitted):
+    adata, go, model = fitted
+    train = adata[:60].copy()
+    names = [f"p{i}" for i in range(train.n_vars)]
+    names[5], names[6] = "p70", "p71"  # measured, and perturbed in no training row
+    train.var_names = names
+    own = [i for i in range(train.n_vars) if names[i] in set(train.obs_names)]
+    rng = np.random.default_rng(0)
+    train.X[own, own] = rng.normal(-3.0, 0.2, len(own))
+    model = fit(train, knowledge={"go": go})
+    out = model.predict_perturbation(["p70", "p71", "p70+p71"])
+    wanted = train.X[own, own].mean()
+    assert model.trust_ > 0.5
+    np.testing.assert_allclose([out["p70"].X[0, 5], out["p71"].X[0, 6]], wanted, rtol=1e-5)
+    np.testing.assert_allclose(out["p70"].layers["std"][0, 5], train.X[own, own].std(ddof=1), rtol=1e-4)
+    other = out["p71"].X[0, 5]
+    assert abs(other) < 1.5
+    both = wanted + other - (1 - model.trust_) * model.effects_.mean[5]  # the untrusted part is one mean, not two
+    np.testing.assert_allclose(out["p70+p71"].X[0, 5], both, rtol=1e-5)
+    stranger = model.predict_perturbation(["p70", "nobody"], on_unknown="mean")
+    np.testing.assert_allclose(stranger["nobody"].X[0], model.effects_.mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["constant", "share", "noise", "few"])
+def test_rule_of_own_genes(how):
+    rng = np.random.default_rng(1)
+    n = 2 if how == "few" else 12
+    genes = [f"g{i}" for i in range(20)]
+    level = rng.uniform(0.2, 4.0, 20).astype(np.float32)
+    delta = rng.normal(0, 0.1, (n, 20)).astype(np.float32)
+    at = np.arange(n)
+    own = {"constant": -1.5 + 0 * level, "share": -0.8 * level, "few": -0.8 * level, "noise": 0 * level}[how][:n]
+    delta[at, at] += own
+    labels = np.array(genes[:n], dtype=object)
+    rule = Effects(labels, delta, np.full_like(delta, np.nan), np.ones(n), level, genes, "control").own_rule
+    if how in ("noise", "few"):
+        assert rule is None
+        return
+    shift = delta[at, at].astype(float)
+    if how == "constant":
+        wanted = (shift.mean(), 0.0, shift.std(ddof=1))
+    else:
+        share = np.linalg.lstsq(level[:n, None].astype(float), shift, rcond=None)[0][0]
+        wanted = (0.0, share, np.sqrt(((shift - share * level[:n]) ** 2).sum() / (n - 1)))
+    np.testing.assert_allclose(rule, wanted, rtol=1e-5)
 
 
 def test_known_errors_shrink_a_trained_effect(fitted):

@@ -71,6 +71,16 @@ def check_whole(name: str, value: float) -> int:
     return int(value)
 
 
+def check_seed(value: int, name: str = "random_state") -> int:
+    """Return ``value`` as an integer if it can seed every generator: a whole number from 0 to 2**32 - 1."""
+    if not _is_number(value) or isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:
+        raise ScpertError(
+            f"{name}={value!r}: give a whole number from 0 to 2**32 - 1. The same number gives the same result; for another draw "
+            "give another one."
+        )
+    return int(value)
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` if it lies in [0, 1]."""
     if not _is_number(value) or not 0 <= value <= 1:

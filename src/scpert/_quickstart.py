@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import _keys as K
-from ._checks import check_choice, listing
+from ._checks import check_choice, check_seed, listing
 from ._files import written_whole
 from .errors import LabelError, MissingKeyError, ScpertError
 
@@ -191,6 +191,7 @@ def quickstart(
     >>> result = scpert.quickstart(out="first-look")  # doctest: +SKIP
     >>> result.scores  # doctest: +SKIP
     """
+    random_state = check_seed(random_state)
     from . import get, metrics, pp, tl
     from ._report import write_report
     from .model import MODELS

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .._checks import listing
+from .._checks import check_seed, listing
 from ..errors import ScpertError
 from ..metrics._summary import NOTHING
 from ._page import write_html
@@ -65,6 +65,7 @@ def leaderboard(
     >>> scpert.benchmark.leaderboard(results)["model"].nunique()
     3
     """
+    random_state = check_seed(random_state)
     from ..metrics import METRICS, compare, summarise
 
     spent = costs(results)

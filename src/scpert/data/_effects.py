@@ -17,7 +17,7 @@ from ..errors import LabelError, ScpertError
 from ._perturbation import parse
 from ._screen import Screen
 
-__all__ = ["Effects", "effects_in_strata"]
+__all__ = ["Effects", "effects_in_strata", "need_controls"]
 
 logger = logging.getLogger("scpert")
 
@@ -189,6 +189,28 @@ class Effects:
         out[i, j] = (out.sum(axis=0, dtype=np.float64) / np.maximum(others, 1))[j]
         return out
 
+    @cached_property
+    def own_rule(self) -> tuple[float, float, float] | None:
+        """By what a target's own gene is expected to move: ``constant + slope * level`` of the control, and its standard deviation.
+
+        The better of a constant and a share of the level, from the measured genes of single targets. ``None`` where they are fewer
+        than three, or move no further under their own perturbation than under the others (two standard errors).
+        """
+        gene = {g: j for j, g in enumerate(self.genes)}
+        row, column = np.array([(i, gene[t]) for t, i in self.singles.items() if t in gene] or np.empty((0, 2)), int).T
+        if len(row) < 3:
+            return None
+        shift = self.delta[row, column].astype(np.float64)
+        beyond = shift - self.without_own()[row, column]
+        if abs(beyond.mean()) <= 2 * beyond.std(ddof=1) / np.sqrt(len(row)) or not beyond.any():
+            return None
+        level = self.control_mean[column].astype(np.float64)
+        share = float(shift @ level / max(level @ level, 1e-12))
+        rules = [(float(shift.mean()), 0.0), (0.0, share)]
+        spread = [float(np.sqrt(((shift - a - b * level) ** 2).sum() / (len(row) - 1))) for a, b in rules]
+        best = int(level.any() and spread[1] < spread[0])
+        return (*rules[best], spread[best])
+
     def subset(self, rows: np.ndarray) -> Effects:
         """The same for some rows."""
         rows = np.asarray(rows)
@@ -200,6 +222,24 @@ class Effects:
             self.control_mean,
             self.genes,
             self.control,
+        )
+
+
+def need_controls(
+    screen: Screen, strata: np.ndarray, name: Callable[[int], str], mask: np.ndarray | None = None
+) -> None:
+    """Refuse strata with perturbed cells and fewer than two control cells, among the cells of ``mask``.
+
+    ``strata`` holds a code for each cell; ``name`` gives the words for the stratum of a cell, by its row.
+    """
+    use = np.ones(len(strata), dtype=bool) if mask is None else mask
+    controls = np.bincount(strata[use & screen.is_control], minlength=int(strata.max(initial=0)) + 1)
+    lost = np.flatnonzero(use & ~screen.is_control & (controls < 2)[strata])
+    if len(lost):
+        first = lost[np.unique(strata[lost], return_index=True)[1]]
+        raise ScpertError(
+            f"{len(first)} stratum/strata of covariate_keys have perturbed {'' if mask is None else 'training '}cells but fewer "
+            f"than two control cells: {listing(map(name, first), 5)}. Drop these cells, merge strata, or leave the covariate out."
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive
+from .._checks import check_choice, check_fraction, check_positive, check_seed
 from .._progress import progress
 from ..data import _simulate as sim
 from ..data._perturbation import join
@@ -199,6 +199,7 @@ def simulated(
     >>> list(adata.uns["truth"]["interactions"]["class"])
     ['additive', 'synergistic']
     """
+    random_state = check_seed(random_state)
     import anndata as ad
 
     rng = np.random.default_rng(random_state)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
+from .._checks import check_seed
 from .._progress import progress
 from ..errors import ScpertError
 from ._pair import Pair, Reference
@@ -92,6 +93,7 @@ def evaluate(
     >>> bool((table["mse"] < 1e-9).all())
     True
     """
+    random_state = check_seed(random_state)
     if isinstance(observed, Reference):
         reference = observed
     else:

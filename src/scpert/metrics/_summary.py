@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, listing
+from .._checks import check_choice, check_fraction, check_positive, check_seed, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..errors import ScpertError
@@ -162,6 +162,7 @@ def ceiling(
     >>> list(table.columns)
     ['pearson_delta']
     """
+    random_state = check_seed(random_state)
     check_positive("n_draws", n_draws)
     check_choice("kind", kind, ("split_half", "interpolated"))
     if isinstance(observed, Reference):
@@ -465,6 +466,7 @@ def summarise(
     >>> float(m.summarise(top, base, top).loc["mse", "score"])
     1.0
     """
+    random_state = check_seed(random_state)
     check_positive("n_boot", n_boot)
     check_fraction("confidence", confidence)
     rows, names = _shared({"table": table, "baseline": baseline, "ceiling": ceiling}, metrics)
@@ -621,6 +623,7 @@ def compare(
     >>> float(scpert.metrics.compare(table, table).loc["mse", "difference"])
     0.0
     """
+    random_state = check_seed(random_state)
     check_positive("n_boot", n_boot)
     check_fraction("confidence", confidence)
     rows, names = _shared({"a": a, "b": b}, metrics)
@@ -692,6 +695,7 @@ def dynamic_range(
     >>> list(m.dynamic_range(base, m.ceiling(reference, metrics=["mse"], n_draws=2)).index)
     ['mse']
     """
+    random_state = check_seed(random_state)
     rows, names = _shared({"baseline": baseline, "ceiling": ceiling}, metrics)
     out = []
     for name in names:

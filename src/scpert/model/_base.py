@@ -28,6 +28,7 @@ from .._checks import (
     check_choice,
     check_fraction,
     check_positive,
+    check_seed,
     check_unique_names,
     check_whole,
     listing,
@@ -733,6 +734,7 @@ class PerturbationModel(BaseModel):
         -----
         Ctrl-C stops training and keeps the best state so far.
         """
+        random_state = check_seed(random_state)
         if max_epochs is not None:
             check_whole("max_epochs", max_epochs)
         if batch_size is not None:
@@ -996,6 +998,7 @@ class PerturbationModel(BaseModel):
         NotTrainedError
             Before :meth:`train`.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         check_choice("level", level, ("pseudobulk", "cell"))
         check_choice("on_unknown", on_unknown, ("raise", "nearest", "mean"))
@@ -1226,6 +1229,7 @@ class ClosedFormModel(PerturbationModel):
         **kwargs: Any,
     ) -> None:
         """Fit the model, in closed form: the arguments are those of every model and none is needed."""
+        random_state = check_seed(random_state)
         self._learn_reference(random_state)
         self.__dict__.pop("_trained_targets", None)
         self.random_state_ = random_state

@@ -15,7 +15,7 @@ from scvi.data import AnnDataManager
 from torch import Tensor
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, check_unique_names, listing
+from .._checks import check_choice, check_fraction, check_positive, check_seed, check_unique_names, listing
 from .._progress import progress
 from ..errors import MissingKeyError, ScaleError, ScpertError, SplitError
 from ..module._cell_state import CellStateModule
@@ -108,6 +108,7 @@ class CellState(Regulators, BaseModel):
         random_state: int = 0,
         registry: dict | None = None,
     ):
+        random_state = check_seed(random_state)
         super().__init__(adata, registry)
         hidden = tuple(int(check_positive("hidden", h)) for h in np.atleast_1d(np.asarray(hidden)).tolist())
         if not hidden:
@@ -365,6 +366,7 @@ class CellState(Regulators, BaseModel):
         random_state
             Seed of splits, masks and batches.
         """
+        random_state = check_seed(random_state)
         if self.adata is None:
             raise ScpertError("This CellState was loaded without data: pass adata= to load().")
         check_choice("optimizer", optimizer, ("auto", "adamw", "adafactor"))
@@ -659,6 +661,7 @@ class CellState(Regulators, BaseModel):
         PCA imputes by least squares on the observed genes of each sample. All baselines are fitted to the samples
         that the model was fitted to, in the same standardised unit; figures are on the log scale.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         if self.adata is None:
             raise ScpertError("evaluate() compares with methods fitted to the training samples: load with adata=.")

@@ -13,7 +13,7 @@ from anndata import AnnData
 from torch import Tensor
 
 from .. import _keys as K
-from .._checks import check_choice, check_obs_key, check_positive, listing, suggest
+from .._checks import check_choice, check_obs_key, check_positive, check_seed, listing, suggest
 from .._progress import progress
 from ..errors import MissingKeyError, ScpertError, UnknownTargetError
 from ._cell_state_stats import adjust, matched_null
@@ -414,6 +414,7 @@ class Manipulation(Transfer):
         -----
         The null says "no more than a random gene like it". It does not say that the gene causes anything.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         check_positive("n_null", n_null)
         check_choice("mode", mode, MODES)
@@ -503,6 +504,7 @@ class Manipulation(Transfer):
         A net ``source, target, weight``, strongest first. It is an association: what the model expects of ``target`` if
         ``source`` is seen higher, everything else as it is.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         if genes is None:
             targets = np.sort(np.argsort(-self.range_[2], kind="stable")[:2000])

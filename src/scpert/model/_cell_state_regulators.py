@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from .. import _keys as K
-from .._checks import check_net, check_positive, listing
+from .._checks import check_net, check_positive, check_seed, listing
 from ..errors import ScpertError
 from ._cell_state_manipulation import Manipulation
 from ._cell_state_stats import adjust, rank_product, regulon_activity, tail_pvalues
@@ -82,6 +82,7 @@ class Regulators(Manipulation):
         UnknownTargetError
             If a regulator asked for is not measured.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         s, g, _ = self._states(adata, groupby, start, goal)
         net = self._signed(net)
@@ -326,6 +327,7 @@ class Regulators(Manipulation):
         rate of 0.1 is taken out of the score. Levels are logs: two regulators that multiply are additive.
         Regulators that are measured with much noise and go together can look like cooperation.
         """
+        random_state = check_seed(random_state)
         self._check_trained()
         if int(k) < 2:
             raise ScpertError(f"k={k}: a set of cooperating regulators has two members at least.")

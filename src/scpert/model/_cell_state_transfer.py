@@ -12,7 +12,7 @@ from anndata import AnnData
 from torch import Tensor, nn
 
 from .. import _keys as K
-from .._checks import check_choice, check_obs_key, check_positive, check_unique_names, listing
+from .._checks import check_choice, check_obs_key, check_positive, check_seed, check_unique_names, listing
 from .._progress import progress
 from ..errors import LabelError, MissingKeyError, ScpertError
 from ._cell_state_fit import closed_form_start, fit, group_folds, pca_imputed, principal_axes
@@ -91,6 +91,7 @@ class Transfer:
         from 0 to 1, is the one with the least error at masked genes of groups left out within the new samples: with few
         samples the source carries the model, with many it fades. There may be fewer samples than latent dimensions.
         """
+        random_state = check_seed(random_state)
         from ._cell_state import CellState
 
         self._check_trained()

@@ -14,9 +14,9 @@ from anndata import AnnData
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, check_whole, listing
+from .._checks import check_choice, check_fraction, check_positive, check_seed, check_whole, listing
 from .._progress import progress
-from ..data._effects import Effects
+from ..data._effects import Effects, need_controls
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot
@@ -164,15 +164,10 @@ class _Factored(PerturbationModel):
         return Effects.from_screen(self._screen, mask, self._strata() if self.covariates_ else None)
 
     def _learn_reference(self, random_state: int = 0) -> None:
-        screen, mask, strata = self._screen, self._train_mask(), self._strata()
-        controls = np.bincount(strata[mask & screen.is_control], minlength=int(strata.max()) + 1)
-        lost = mask & ~screen.is_control & (controls < 2)[strata]
-        if self.covariates_ and lost.any():
-            table = screen.adata.obs.loc[lost, list(self.covariates_)].astype(str)
-            names = table.agg(" / ".join, axis=1).unique()
-            raise ScpertError(
-                f"{len(names)} stratum/strata of covariate_keys have perturbed training cells but fewer than two control "
-                f"cells: {listing(names, 5)}. Drop these cells, merge strata, or leave the covariate out."
+        if self.covariates_:
+            table = self._screen.adata.obs[list(self.covariates_)]
+            need_controls(
+                self._screen, self._strata(), lambda cell: " / ".join(map(str, table.iloc[cell])), self._train_mask()
             )
         super()._learn_reference(random_state)
 
@@ -692,6 +687,7 @@ class CPAVAE(_Factored):
         shrinkage: bool = True,
         random_state: int = 0,
     ):
+        random_state = check_seed(random_state)
         super().__init__(adata, registry)
         self._build(self._remember(locals()))
 
@@ -740,6 +736,7 @@ class SAMSVAE(_Factored):
         shrinkage: bool = True,
         random_state: int = 0,
     ):
+        random_state = check_seed(random_state)
         super().__init__(adata, registry)
         self._build(
             self._remember(locals()), mask_prior=mask_prior, correlated_guide=correlated_guide, n_particles=n_particles
@@ -789,6 +786,7 @@ class CRADLEVAE(_Factored):
         shrinkage: bool = True,
         random_state: int = 0,
     ):
+        random_state = check_seed(random_state)
         super().__init__(adata, registry)
         self._build(
             self._remember(locals()),

@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 
 from .. import _keys as K
-from .._checks import check_fraction, check_positive, check_whole, listing, suggest
+from .._checks import check_fraction, check_positive, check_seed, check_whole, listing, suggest
 from .._progress import progress
 from ..data._perturbation import parse
 from ..errors import LabelError, ScpertError, UnknownTargetError
@@ -177,6 +177,7 @@ class GPOVAE(_Factored):
         shrinkage: bool | None = None,
         random_state: int = 0,
     ):
+        random_state = check_seed(random_state)
         super().__init__(adata, registry)
         self._features = read_knowledge(knowledge)
         if self._features:
@@ -361,6 +362,9 @@ class GPOVAE(_Factored):
             held = {singles[i] for i in fold}
             others = [i for i, targets in enumerate(self.effects_.targets) if not held & set(targets)]
             deviation[fold], mean[fold] = decoded[1:] - decoded[0], self.effects_.delta[others].mean(axis=0)
+        own = self._target_gene[[position[t] for t in singles]]  # what it does to its own gene confirms no knowledge
+        at = np.flatnonzero(own >= 0)
+        deviation[at, own[at]], measured[at, own[at]] = 0.0, mean[at, own[at]]
         share = knowledge_share(deviation, mean, measured)
         if share == 0:
             logger.info(

@@ -221,7 +221,6 @@ class _GraphModel(PerturbationModel):
         self.__dict__.pop("_trained_targets", None)
         module = self.module
         module.control_mean = torch.as_tensor(e.control_mean, device=module.control_mean.device)
-        self._own = self._on_target()
         fitted = e.without_own()
         square = np.nan_to_num(e.std_error) ** 2
         noise = square.mean(axis=1)
@@ -286,33 +285,22 @@ class _GraphModel(PerturbationModel):
     def _gene_position(self) -> dict[str, int]:
         return {g: i for i, g in enumerate(self.genes_)}
 
-    def _on_target(self) -> dict[str, float]:
-        """Shift of a target's own gene where it was measured, and by what an unmeasured one is expected to move."""
-        e, gene = self.effects_, self._gene_position
-        own = {t: float(e.delta[i, gene[t]]) for t, i in e.singles.items() if t in gene}
-        if not own:
-            return {}
-        shift = np.array(list(own.values()))
-        level = e.control_mean[[gene[t] for t in own]].astype(np.float64)
-        constant = shift.mean()
-        slope = float(shift @ level / max(level @ level, 1e-12))
-        proportional = level.any() and ((shift - slope * level) ** 2).sum() < ((shift - constant) ** 2).sum()
-        self._own_rule = (0.0, slope) if proportional else (float(constant), 0.0)
-        return own
-
     def _put_own(self, delta: np.ndarray, targets: Sequence[tuple[str, ...]]) -> None:
+        """Targets' own genes: as measured, or, of targets that were never perturbed alone, as the others' own genes move."""
         gene, e = self._gene_position, self.effects_
         for i, row in enumerate(targets):
-            label = "+".join(row)
+            measured = e.row.get("+".join(row))
             for t in row:
-                if t not in gene or not self._own:
+                if t not in gene:
                     continue
                 j = gene[t]
-                if label in e.row:
-                    delta[i, j] = e.delta[e.row[label]][j]
-                else:
-                    constant, slope = self._own_rule
-                    delta[i, j] = self._own.get(t, constant + slope * float(e.control_mean[j]))
+                if measured is not None:
+                    delta[i, j] = e.delta[measured, j]
+                elif t in e.singles:
+                    delta[i, j] = e.delta[e.singles[t], j]
+                elif e.own_rule is not None:
+                    constant, slope, _ = e.own_rule
+                    delta[i, j] = constant + slope * float(e.control_mean[j])
 
     # ------------------------------------------------------------------------------------------ prediction
 
@@ -488,8 +476,6 @@ class _GraphModel(PerturbationModel):
             "trust": self._trust,
             "base_shift": self._base_shift,
             "calibration": self._calibration,
-            "own": self._own,
-            "own_rule": tuple(getattr(self, "_own_rule", (0.0, 0.0))),
             "judges": list(map(str, self._judges)),
         }
 
@@ -497,7 +483,7 @@ class _GraphModel(PerturbationModel):
         super()._set_state(state)
         self._prior = GraphPrior(self._relations).restore(state["prior"])
         self._trust, self._base_shift, self._calibration = state["trust"], state["base_shift"], state["calibration"]
-        self._own, self._own_rule, self._judges = state["own"], tuple(state["own_rule"]), state["judges"]
+        self._judges = state["judges"]
 
 
 def _trust(missing: np.ndarray, correction: np.ndarray) -> float:

@@ -141,7 +141,9 @@ class FactoredModule(BaseModuleClass):
         names += [] if self.correlated_guide else ["effect_loc", "effect_log_scale"]
         return {name: getattr(self, name).index_select(0, rows) for name in names}
 
-    def sample_rows(self, rows: Tensor, gathered: dict[str, Tensor], *, kl: bool = True) -> tuple[Tensor, Tensor | None]:
+    def sample_rows(
+        self, rows: Tensor, gathered: dict[str, Tensor], *, kl: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw effects ``(row, width)`` of some targets; and their KL ``(row,)``, if it is asked for."""
         mask = straight_through_bernoulli(gathered["mask_logits"]) if self.use_mask else None
         loc, log_scale = self.effect_parameters(rows, mask, gathered)
@@ -379,7 +381,7 @@ class FactoredModule(BaseModuleClass):
 
     def _alignment_published(self, tensors: dict[str, Tensor], o: dict[str, Any]) -> Tensor:
         """The paper's term: L1 between the accumulated logits and |x - matched control| - threshold, per cell."""
-        rows, which = o["rows"], o["effect"][1]
+        which = o["effect"][1]
         scale = torch.tensor(float(self.n_genes), device=which.device)
         start = o["gathered"]["mask_logits"]
         total = k_hop(start, self.mask_logits, self.hop_columns, self.hop_rows, self.n_hops, scale)

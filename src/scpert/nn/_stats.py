@@ -112,7 +112,8 @@ def k_hop(
 
     for rows :math:`a` of the adjacency and :math:`\gamma\hat A` its square part divided by ``scale``. With ``scale``
     above the spectral radius the series converges; for a non-negative adjacency it is monotone in every edge at fixed
-    ``scale``. One product of (row, target) with (target, gene) a hop; never a power of the matrix.
+    ``scale``. A hop is a product of (row, target) with (target, target), and only their sum meets (target, gene); never a
+    power of the matrix.
 
     Parameters
     ----------
@@ -127,18 +128,17 @@ def k_hop(
     scale
         Divides every hop.
     """
-    total = step = start
     if n_hops == 0 or len(rows) == 0:
-        return total
-    onward = (
-        adjacency
-        if len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
-        else adjacency[rows]
-    )
-    for _ in range(n_hops):
-        step = (step[:, columns] / scale) @ onward
-        total = total + step
-    return total
+        return start
+    whole = len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
+    onward = adjacency if whole else adjacency[rows]
+    passed = reached = start[:, columns] / scale
+    if n_hops > 1:
+        square = onward[:, columns] / scale
+        for _ in range(n_hops - 1):
+            passed = passed @ square
+            reached = reached + passed
+    return start + reached @ onward
 
 
 class ExpectedLog1p:

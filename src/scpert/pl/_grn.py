@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_net, check_whole, listing
+from .._checks import check_choice, check_net, check_seed, check_whole, listing
 from ..errors import MissingKeyError, ScpertError
 from ._figure import COLOURS, finish, need_columns, new_axes
 
@@ -66,6 +66,7 @@ def grn(
     >>> scpert.tl.infer_grn(adata)
     >>> ax = scpert.pl.grn(adata, n_edges=10)
     """
+    random_state = check_seed(random_state)
     check_choice("kind", kind, ("network", "heatmap"))
     check_whole("n_edges", n_edges)
     check_whole("n_genes", n_genes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _keys as K
-from .._checks import check_choice, check_positive, listing
+from .._checks import check_choice, check_positive, check_seed, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen
@@ -127,6 +127,7 @@ def match_controls(
     check_positive("epsilon", epsilon)
     check_positive("max_cells", max_cells)
     check_positive("n_pcs", n_pcs)
+    random_state = check_seed(random_state)
     screen = Screen(
         adata,
         perturbation_key=perturbation_key,
@@ -207,7 +208,7 @@ def match_controls(
         key_added,
         method=method,
         within=within or None,
-        random_state=random_state if isinstance(random_state, int | np.integer) else None,
+        random_state=random_state,
         use_rep=use_rep or "",
         n_pcs=Z.shape[1],
         epsilon=float(epsilon),

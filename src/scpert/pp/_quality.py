@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_obs_key, check_positive, listing
+from .._checks import check_choice, check_fraction, check_obs_key, check_positive, check_seed, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, iter_rows, parse, targets_of
@@ -126,6 +126,7 @@ def quality_flags(
     >>> adata.obs["quality_fail"].dtype
     dtype('bool')
     """
+    random_state = check_seed(random_state)
     check_positive("n_mads", n_mads)
     check_positive("mad_scale", mad_scale)
     chosen = list(_CRITERIA) if criteria is None else [check_choice("criteria", c, _CRITERIA) for c in criteria]

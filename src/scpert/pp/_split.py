@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_obs_key, check_unique_names, listing
+from .._checks import check_choice, check_obs_key, check_seed, check_unique_names, listing
 from .._docs import shared_docs
 from ..data import Screen, check_labels, parse, scale_evidence
 from ..data._screen import resolve_layer
@@ -452,6 +452,8 @@ def split(
     {'control'}
     """
     check_choice("kind", kind, KINDS)
+    if not (random_state is None or isinstance(random_state, np.random.Generator)):
+        random_state = check_seed(random_state)
     shares = _fractions(fractions)
     check_unique_names(adata)
     labels = _read_labels(adata, perturbation_key, control)

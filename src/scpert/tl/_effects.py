@@ -14,7 +14,7 @@ from .._checks import check_obs_key, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
-from ..data._effects import effects_in_strata
+from ..data._effects import effects_in_strata, need_controls
 from ..data._screen import CHUNK_ROWS
 from ..errors import ScpertError
 
@@ -243,14 +243,8 @@ def effects_of_cells(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """:func:`~scpert.data._effects.effects_in_strata` of all cells; a stratum without controls is refused."""
     strata, names = strata_of(screen.adata, covariate_keys)
-    n_controls = np.bincount(strata[screen.is_control], minlength=len(names))
-    needed = np.bincount(strata[~screen.is_control], minlength=len(names)) > 0
-    if len(names) > 1 and (needed & (n_controls < 2)).any():
-        short = [names[s] for s in np.flatnonzero(needed & (n_controls < 2))]
-        raise ScpertError(
-            f"{len(short)} stratum/strata of covariate_keys have perturbed cells but fewer than two control cells: "
-            f"{listing(short, 5)}. Drop these cells, merge strata, or leave the covariate out."
-        )
+    if len(names) > 1:
+        need_controls(screen, strata, lambda cell: names[strata[cell]])
     total = screen.n_cells // CHUNK_ROWS + 1
     return effects_in_strata(
         screen,

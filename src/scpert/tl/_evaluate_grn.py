@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_whole, listing
+from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
 from ..errors import MissingKeyError, ScpertError
@@ -143,6 +143,7 @@ def evaluate_grn(
     >>> sorted(table["network"].unique())
     ['correlation', 'effect_size', 'grn', 'random', 'zscore']
     """
+    random_state = check_seed(random_state)
     net = grn_df(adata, key, unmeasured=True)
     notes = adata.uns.get(key)
     if notes is None or "cells" not in notes:
@@ -600,6 +601,7 @@ def grn_stability(
     >>> list(scpert.tl.grn_stability(adata, n=2, k=(10,)).columns)
     ['k', 'n_edges', 'jaccard', 'jaccard_sd', 'sign_agreement']
     """
+    random_state = check_seed(random_state)
     check_choice("by", by, ("bootstrap", "seed"))
     if check_whole("n", n) < 2:
         raise ScpertError("n=1: give two or more networks, as pairs of them are compared.")

@@ -18,6 +18,7 @@ from .._checks import (
     check_net,
     check_obs_key,
     check_positive,
+    check_seed,
     check_whole,
     listing,
     suggest,
@@ -195,6 +196,7 @@ def infer_grn(
     >>> adata.varp["grn"].shape
     (40, 40)
     """
+    random_state = check_seed(random_state)
     check_choice("method", method, METHODS)
     check_choice("statistic", statistic, ("welch", "rank"))
     check_fraction("fdr", fdr)

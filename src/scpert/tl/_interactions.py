@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_fraction, check_positive, listing
+from .._checks import check_fraction, check_positive, check_seed, listing
 from .._progress import progress
 from ..data import Screen, canonical, parse
 from ..errors import MissingKeyError, ScpertError
@@ -153,6 +153,7 @@ def theil_sen(
     >>> theil_sen(X, X @ [0.5, 1.5]).round(6).tolist()
     [0.5, 1.5]
     """
+    random_state = check_seed(random_state)
     X, y = np.asarray(X, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if X.ndim != 2 or y.shape != (len(X),):
         raise ScpertError(f"X must be (row, column) and y (row,); got shapes {X.shape} and {y.shape}.")
@@ -572,6 +573,7 @@ def genetic_interactions(
     >>> len(adata.uns["genetic_interactions"])
     4
     """
+    random_state = check_seed(random_state)
     check_fraction("confidence", confidence)
     check_positive("n_boot", n_boot, zero=True)
     check_positive("max_subsets", max_subsets)

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import sparse, stats
 
 from .. import _keys as K
-from .._checks import check_obs_key, check_whole, listing
+from .._checks import check_obs_key, check_seed, check_whole, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, canonical, join, parse
@@ -123,6 +123,7 @@ def rank_perturbations(
     >>> list(table.columns[:3])
     ['perturbation', 'n_targets', 'progress']
     """
+    random_state = check_seed(random_state)
     if model is None and hasattr(adata, "predict_perturbation"):
         model, adata = adata, adata.adata
         if adata is None:
