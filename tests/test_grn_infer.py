@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -295,7 +296,26 @@ def test_correlation_equals_numpy():
     assert adata.varp["grn"][3:].nnz == 0
 
 
-def test_boosting_finds_a_nonlinear_regulator():
+def boosted_by(trees: str) -> dict:
+    """Options of ``boosting``; skips where LightGBM cannot be imported."""
+    if trees == "lightgbm":
+        try:
+            import lightgbm  # noqa: F401
+        except (ImportError, OSError) as error:
+            pytest.skip(f"LightGBM cannot be imported: {error}")
+    return {"trees": trees}
+
+
+def test_boosting_refuses_what_it_cannot_grow(screen, monkeypatch):
+    with pytest.raises(ScpertError, match="trees='oak' is not known. Choose one of 'scikit-learn', 'lightgbm'"):
+        scpert.tl.infer_grn(screen.copy(), method="boosting", trees="oak")
+    monkeypatch.setitem(sys.modules, "lightgbm", None)  # as if it were not installed
+    with pytest.raises(ScpertError, match="needs LightGBM.*pip install 'scpert\\[boost\\]'"):
+        scpert.tl.infer_grn(screen.copy(), method="boosting", trees="lightgbm")
+
+
+@pytest.mark.parametrize("trees", ["scikit-learn", "lightgbm"])
+def test_boosting_finds_a_nonlinear_regulator(trees):
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 2, size=(400, 6))
     x[:, 5] = np.maximum(1.0 + np.where(x[:, 1] > 1.2, 1.5, 0.0) + rng.normal(0, 0.1, 400), 0.01)
@@ -304,12 +324,13 @@ def test_boosting_finds_a_nonlinear_regulator():
         x, obs=pd.DataFrame({"perturbation": labels}), var=pd.DataFrame(index=[f"G{i}" for i in range(6)])
     )
     adata.obs_names = [str(i) for i in range(400)]
-    scpert.tl.infer_grn(adata, method="boosting", scale="log1p", threshold=0, max_features=0.5)
+    scpert.tl.infer_grn(adata, method="boosting", scale="log1p", threshold=0, max_features=0.5, **boosted_by(trees))
     column = np.abs(adata.varp["grn"].toarray()[:5, 5])
     assert column.argmax() == 1 and column[1] > 3 * np.delete(column, 1).max()
 
 
-def test_boosting_is_not_led_by_rare_large_values():
+@pytest.mark.parametrize("trees", ["scikit-learn", "lightgbm"])
+def test_boosting_is_not_led_by_rare_large_values(trees):
     """Genes with four large values that nothing explains stay behind a real edge."""
     rng = np.random.default_rng(0)
     x, y = rng.gamma(2, 1, (1000, 6)), np.zeros((1000, 6))
@@ -320,7 +341,8 @@ def test_boosting_is_not_led_by_rare_large_values():
     obs = pd.DataFrame({"perturbation": ["control", "R0"] * 500}, index=[f"c{i}" for i in range(1000)])
     var = pd.DataFrame(index=regulators + [f"T{i}" for i in range(6)])
     adata = ad.AnnData(np.hstack([x, y]), obs=obs, var=var)
-    scpert.tl.infer_grn(adata, method="boosting", scale="log1p", threshold=0, regulators=regulators)
+    options = {"scale": "log1p", "threshold": 0, "regulators": regulators, **boosted_by(trees)}
+    scpert.tl.infer_grn(adata, method="boosting", **options)
     net = scpert.get.grn_df(adata)
     assert tuple(net.loc[0, ["source", "target"]]) == ("R0", "T0")
     assert net.loc[0, "weight"] > 4 * net["weight"].abs()[1:].max()
