@@ -379,8 +379,15 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
     with caplog.at_level("INFO", logger="scpert"):
         out = model.predict_perturbation(held)
     assert "no better than the mean" in caplog.text
-    mean = np.maximum(model.reference_.mean + model.effects_.mean, 0)
-    np.testing.assert_allclose(out.X, np.tile(mean, (2, 1)), rtol=1e-4, atol=1e-5)
+    mean = np.tile(np.maximum(model.reference_.mean + model.effects_.mean, 0), (2, 1))
+    own = out.var_names.get_indexer(held)
+    rest = np.ones(mean.shape, dtype=bool)
+    rest[[0, 1], own] = False
+    np.testing.assert_allclose(out[held].X[rest], mean[rest], rtol=1e-4, atol=1e-5)
+    constant, slope, _ = model.effects_.own_rule  # but for the own gene, which every perturbation moves
+    wanted = constant + slope * model.effects_.control_mean[own]
+    assert (wanted < -0.1).all()
+    np.testing.assert_allclose(out[held].layers["delta"][[0, 1], own], wanted, rtol=1e-4)
     assert model.get_grn(threshold=0.0, regulators=held).empty and "get no edges" in caplog.text
 
 

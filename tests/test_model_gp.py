@@ -274,6 +274,10 @@ def test_own_gene_of_an_unseen_target_moves_as_those_of_trained_ones(fitted):
     assert abs(other) < 1.5
     both = wanted + other - (1 - model.trust_) * model.effects_.mean[5]  # the untrusted part is one mean, not two
     np.testing.assert_allclose(out["p70+p71"].X[0, 5], both, rtol=1e-5)
+    mixed = go.assign(term=np.random.default_rng(2).permutation(go["term"]))  # knowledge that says nothing
+    blind = fit(train, knowledge={"go": mixed})
+    assert blind.trust_ < 0.5
+    np.testing.assert_allclose(blind.predict_perturbation("p70").X[0, 5], wanted, rtol=1e-5)
     stranger = model.predict_perturbation(["p70", "nobody"], on_unknown="mean")
     np.testing.assert_allclose(stranger["nobody"].X[0], model.effects_.mean, rtol=1e-6)
 

@@ -17,7 +17,7 @@ from ..errors import LabelError, ScpertError
 from ._perturbation import parse
 from ._screen import Screen
 
-__all__ = ["Effects", "effects_in_strata", "need_controls"]
+__all__ = ["Effects", "effects_in_strata", "need_controls", "without_own"]
 
 logger = logging.getLogger("scpert")
 
@@ -178,16 +178,7 @@ class Effects:
 
         What a knock-out does to its own gene says nothing of what others do: it is not to be spread to related targets.
         """
-        gene = {g: j for j, g in enumerate(self.genes)}
-        own = [(i, gene[t]) for i, targets in enumerate(self.targets) for t in targets if t in gene]
-        if not own:
-            return self.delta
-        i, j = np.array(own).T
-        out = self.delta.copy()
-        out[i, j] = 0.0
-        others = len(out) - np.bincount(j, minlength=out.shape[1])
-        out[i, j] = (out.sum(axis=0, dtype=np.float64) / np.maximum(others, 1))[j]
-        return out
+        return without_own(self.delta, self.targets, self.genes)
 
     @cached_property
     def own_rule(self) -> tuple[float, float, float] | None:
@@ -211,6 +202,17 @@ class Effects:
         best = int(level.any() and spread[1] < spread[0])
         return (*rules[best], spread[best])
 
+    def put_own(self, targets: Sequence[str], delta: np.ndarray, std: np.ndarray | None = None) -> None:
+        """Set the own genes of targets that were never perturbed alone to what :attr:`own_rule` expects, in ``(target, gene)``."""
+        if self.own_rule is None:
+            return
+        constant, slope, spread = self.own_rule
+        for i, j in enumerate(pd.Index(self.genes).get_indexer(pd.Index(list(targets), dtype=object))):
+            if j >= 0:
+                delta[i, j] = constant + slope * float(self.control_mean[j])
+                if std is not None:
+                    std[i, j] = spread
+
     def subset(self, rows: np.ndarray) -> Effects:
         """The same for some rows."""
         rows = np.asarray(rows)
@@ -223,6 +225,20 @@ class Effects:
             self.genes,
             self.control,
         )
+
+
+def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Sequence[str]) -> np.ndarray:
+    """Rows of effects ``(perturbation, gene)`` with each target's own gene at that gene's mean over the rows that do not target it."""
+    gene = {g: j for j, g in enumerate(genes)}
+    own = [(i, gene[t]) for i, row in enumerate(targets) for t in row if t in gene]
+    if not own:
+        return delta
+    i, j = np.array(own).T
+    out = delta.copy()
+    out[i, j] = 0.0
+    others = len(out) - np.bincount(j, minlength=out.shape[1])
+    out[i, j] = (out.sum(axis=0, dtype=np.float64) / np.maximum(others, 1))[j]
+    return out
 
 
 def need_controls(

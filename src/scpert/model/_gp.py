@@ -228,7 +228,7 @@ class KnowledgeGP(KnowledgeModel):
     Notes
     -----
     A target that no table knows has exactly the mean effect and the status ``fallback``. ``trust_`` in [0, 1] says how
-    far the knowledge is followed; at 0 every unseen target has exactly the mean. What a perturbation does to its own
+    far the knowledge is followed; at 0 every unseen target has exactly the mean, but for its own gene. What a perturbation does to its own
     gene is not learned from: it says nothing of related targets; the own gene of an unseen target moves as those of the
     trained ones do on average. A perturbation that was trained on has its own effect,
     shrunk to what the model would predict without it in proportion to its standard errors, where these are known.
@@ -692,7 +692,7 @@ class KnowledgeGP(KnowledgeModel):
         sds: dict[str, np.ndarray] = {}
         if unseen:
             shift, sd = self._predict_unseen(unseen)
-            self._put_own(unseen, shift, sd)
+            e.put_own(unseen, shift, sd)
             shifts, sds = dict(zip(unseen, shift, strict=True)), dict(zip(unseen, sd, strict=True))
         for x in names:
             if x in e.singles:
@@ -722,16 +722,6 @@ class KnowledgeGP(KnowledgeModel):
             fallback[i] = not all(self._covers(x) for x in t)
         lower, upper = delta - half, delta + half
         return Prediction(delta, std, lower, upper, fallback)
-
-    def _put_own(self, targets: list[str], shift: np.ndarray, sd: np.ndarray) -> None:
-        """Own genes of unseen targets move as those of the trained ones do; where nothing is trusted, the mean stays as it is."""
-        rule = self.effects_.own_rule
-        if rule is None or len(self.singles_) == 0 or self.trust_ == 0:
-            return
-        for i, j in enumerate(pd.Index(self.genes_).get_indexer(pd.Index(targets, dtype=object))):
-            if j >= 0:
-                shift[i, j] = rule[0] + rule[1] * float(self.effects_.control_mean[j])
-                sd[i, j] = rule[2]
 
     def _posterior(self, target: str) -> tuple[np.ndarray, np.ndarray]:
         """Own effect of a trained target, shrunk by its standard errors to what is predicted without it, but for its own gene."""

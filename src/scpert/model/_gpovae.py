@@ -15,6 +15,7 @@ from anndata import AnnData
 from .. import _keys as K
 from .._checks import check_fraction, check_positive, check_seed, check_whole, listing, suggest
 from .._progress import progress
+from ..data._effects import without_own
 from ..data._perturbation import parse
 from ..errors import LabelError, ScpertError, UnknownTargetError
 from ._base import PerturbationModel, Reference
@@ -320,12 +321,14 @@ class GPOVAE(_Factored):
         return target in self._graph_targets()
 
     def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
-        """Mean effect plus a share of what the network makes of the rows that knowledge predicts."""
+        """Mean effect plus a share of what the network makes of the rows that knowledge predicts; own genes as those of others."""
         centre, process, share = self._rows_from_knowledge
-        if share == 0:
-            return np.tile(self.effects_.mean, (len(targets), 1))
-        shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
-        return self.effects_.mean + share * (shift[1:] - shift[0])
+        delta = np.tile(self.effects_.mean, (len(targets), 1))
+        if share > 0:
+            shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
+            delta = delta + share * (shift[1:] - shift[0])
+        self.effects_.put_own(targets, delta)
+        return delta
 
     def _decode_rows(self, rows: np.ndarray, reference: Reference) -> np.ndarray:
         return self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)
@@ -344,7 +347,7 @@ class GPOVAE(_Factored):
             index = torch.tensor([position[t] for t in singles], dtype=torch.long, device=self.device)
             rows = self.module.mean_rows(index).cpu().numpy()
         measured = self.effects_.delta[[self.effects_.singles[t] for t in singles]].astype(np.float64)
-        centre = rows.mean(axis=0)
+        centre = self._apart(singles, rows).mean(axis=0)
         n = len(singles)
         if n < _LEAST_TARGETS:
             logger.info("fewer than %d training targets: unseen targets have the mean effect", _LEAST_TARGETS)
@@ -353,8 +356,8 @@ class GPOVAE(_Factored):
         order = np.random.default_rng(0).permutation(n)
         for fold in progress(np.array_split(order, 5), total=5, description="cross-fit knowledge", unit="fold"):
             rest = np.setdiff1d(order, fold)
-            process = self._fit_rows([singles[i] for i in rest], rows[rest])
-            start = rows[rest].mean(axis=0)
+            known = [singles[i] for i in rest]
+            process, start = self._fit_rows(known, rows[rest]), self._apart(known, rows[rest]).mean(axis=0)
             decoded = self._decode_rows(
                 np.vstack([start, _rows_of(process, [singles[i] for i in fold])]), self.reference_
             )
@@ -372,12 +375,16 @@ class GPOVAE(_Factored):
             )
         return centre, self._fit_rows(singles, rows) if share > 0 else None, share
 
+    def _apart(self, singles: list[str], rows: np.ndarray) -> np.ndarray:
+        """Rows of the network without what a target does to its own gene: decoded, this would pass for knowledge of other genes."""
+        return without_own(rows, [(t,) for t in singles], self.genes_)
+
     def _fit_rows(self, singles: list[str], rows: np.ndarray) -> Any:
         from ._gp import KnowledgeGP
 
         tables = self._options["knowledge"]
         tables = {"knowledge": tables} if isinstance(tables, pd.DataFrame) else tables
-        table = AnnData(rows, obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
+        table = AnnData(self._apart(singles, rows), obs=pd.DataFrame({K.PERTURBATION: singles}, index=singles))
         table.var_names = self.genes_
         KnowledgeGP.setup_anndata(table, scale=K.SCALE_EFFECTS)
         process = KnowledgeGP(table, knowledge={k: v for k, v in tables.items() if k in self._used})
