@@ -227,7 +227,7 @@ class Effects:
         )
 
 
-def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Sequence[str]) -> np.ndarray:
+def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Sequence[str] | np.ndarray) -> np.ndarray:
     """Rows of effects ``(perturbation, gene)`` with each target's own gene at that gene's mean over the rows that do not target it."""
     gene = {g: j for j, g in enumerate(genes)}
     own = [(i, gene[t]) for i, row in enumerate(targets) for t in row if t in gene]
