@@ -369,11 +369,13 @@ class GPOVAE(_Factored):
         at = np.flatnonzero(own >= 0)
         deviation[at, own[at]], measured[at, own[at]] = 0.0, mean[at, own[at]]
         share = knowledge_share(deviation, mean, measured)
-        if share == 0:
+        process = self._fit_rows(singles, rows) if share > 0 else None
+        if process is None or process.trust_ == 0:  # a fold or two may have been confirmed where all together are not
+            process, share = None, 0.0
             logger.info(
                 "knowledge predicts held-out training targets no better than the mean: unseen ones have the mean"
             )
-        return centre, self._fit_rows(singles, rows) if share > 0 else None, share
+        return centre, process, share
 
     def _apart(self, singles: list[str], rows: np.ndarray) -> np.ndarray:
         """Rows of the network without what a target does to its own gene: decoded, this would pass for knowledge of other genes."""
