@@ -29,6 +29,7 @@ SCREENS = {
 }
 CELLS_UNSEEN = 60_000  # cells seen in training with --unseen, over all epochs
 NAMES = ("pearson_delta", "pearson_delta_centroid", "mse_delta")
+UNSEEN = ("pearson_delta", "pearson_delta_no_target", "mse_delta", "mse_delta_no_target")  # with --unseen
 
 
 def few_cells(adata: ad.AnnData, n: int, seed: int) -> None:
@@ -68,7 +69,7 @@ def unseen(adata: ad.AnnData, library: str | None, knowledge: dict, seed: int) -
             epochs = max(3, round(CELLS_UNSEEN / int((split == "train").sum())))
             model.train(**({"max_epochs": epochs, "random_state": seed} if cls is GPOVAE else {}))
             predicted = model.predict_perturbation(list(fold), on_unknown="mean")
-            table = metrics.evaluate(predicted, reference, metrics=NAMES)
+            table = metrics.evaluate(predicted, reference, metrics=UNSEEN)
             status = dict(zip(predicted.obs["perturbation"], predicted.obs["status"], strict=True))
             rows += [
                 {"seed": seed, "model": name, "label": x, "status": status[x], **values}
@@ -79,7 +80,7 @@ def unseen(adata: ad.AnnData, library: str | None, knowledge: dict, seed: int) -
 
 def report_unseen(title: str, table: pd.DataFrame) -> None:
     """Means over perturbations (over seeds first) and paired differences to the perturbed mean."""
-    mean = table.groupby(["model", "label"])[list(NAMES)].mean()
+    mean = table.groupby(["model", "label"])[list(UNSEEN)].mean()
     base = mean.loc["perturbed mean"]
     draws = np.random.default_rng(0).integers(len(base), size=(4000, len(base)))
     known = table.loc[(table["model"] == "GPOVAE") & (table["status"] == "unseen"), "label"].nunique()
@@ -87,9 +88,9 @@ def report_unseen(title: str, table: pd.DataFrame) -> None:
     for name in table["model"].unique():
         values = mean.loc[name].reindex(base.index)
         parts = [f"{name:15s} r {values['pearson_delta'].mean():.3f}  mse {values['mse_delta'].mean():.5f}"]
-        for column in ("pearson_delta", "mse_delta"):
+        for column in UNSEEN:
             gain = (values[column] - base[column]).to_numpy()
-            gain = gain / (base[column].mean() if column == "mse_delta" else 1.0)
+            gain = gain / (base[column].mean() if column.startswith("mse") else 1.0)
             low, high = np.nanquantile(np.nanmean(gain[draws], axis=1), [0.025, 0.975])
             parts.append(f"{column} - mean's {np.nanmean(gain):+.3f} [{low:+.3f}, {high:+.3f}]")
         print("  " + "  ".join(parts), flush=True)

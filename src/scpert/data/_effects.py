@@ -193,7 +193,7 @@ class Effects:
             return None
         shift = self.delta[row, column].astype(np.float64)
         beyond = shift - self.without_own()[row, column]
-        if abs(beyond.mean()) <= 2 * beyond.std(ddof=1) / np.sqrt(len(row)) or not beyond.any():
+        if abs(beyond.mean()) <= 2 * beyond.std(ddof=1) / np.sqrt(len(row)):
             return None
         level = self.control_mean[column].astype(np.float64)
         share = float(shift @ level / max(level @ level, 1e-12))
@@ -202,13 +202,14 @@ class Effects:
         best = int(level.any() and spread[1] < spread[0])
         return (*rules[best], spread[best])
 
-    def put_own(self, targets: Sequence[str], delta: np.ndarray, std: np.ndarray | None = None) -> None:
-        """Set the own genes of targets that were never perturbed alone to what :attr:`own_rule` expects, in ``(target, gene)``."""
+    def put_own(self, targets: Sequence[tuple[str, ...]], delta: np.ndarray, std: np.ndarray | None = None) -> None:
+        """Set, in rows ``(perturbation, gene)``, own genes of targets that were never perturbed alone as :attr:`own_rule` expects."""
         if self.own_rule is None:
             return
         constant, slope, spread = self.own_rule
-        for i, j in enumerate(pd.Index(self.genes).get_indexer(pd.Index(list(targets), dtype=object))):
-            if j >= 0:
+        gene = {g: j for j, g in enumerate(self.genes)}
+        for i, row in enumerate(targets):
+            for j in (gene[t] for t in row if t in gene and t not in self.singles):
                 delta[i, j] = constant + slope * float(self.control_mean[j])
                 if std is not None:
                     std[i, j] = spread

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_obs_key, check_seed, check_unique_names, listing
+from .._checks import check_choice, check_obs_key, check_unique_names, listing
 from ..data import Screen, check_labels, iter_rows, parse, read_rows, scale_evidence
 from ..errors import LabelError, ScaleError, ScpertError
 
@@ -353,7 +353,6 @@ class Pair:
         random_state: int = 0,
         max_cells: int = 1000,
     ):
-        random_state = check_seed(random_state)
         self.reference = ref = reference
         self.prediction = pred = Prediction(predicted, reference, level)
         self.random_state, self.max_cells = random_state, max_cells

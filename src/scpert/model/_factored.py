@@ -595,6 +595,7 @@ class _Factored(PerturbationModel):
         """
         self._check_trained()
         check_positive("n_cells", n_cells)
+        random_state = check_seed(random_state)
         widths = [check_positive("n_mads", width) for width in np.atleast_1d(np.asarray(n_mads, dtype=float))]
         screen, rows = self._screen, self._rows_in(split)
         rng = np.random.default_rng(random_state)

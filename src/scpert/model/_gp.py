@@ -692,7 +692,7 @@ class KnowledgeGP(KnowledgeModel):
         sds: dict[str, np.ndarray] = {}
         if unseen:
             shift, sd = self._predict_unseen(unseen)
-            e.put_own(unseen, shift, sd)
+            e.put_own([(x,) for x in unseen], shift, sd)
             shifts, sds = dict(zip(unseen, shift, strict=True)), dict(zip(unseen, sd, strict=True))
         for x in names:
             if x in e.singles:

@@ -327,7 +327,7 @@ class GPOVAE(_Factored):
         if share > 0:
             shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
             delta = delta + share * (shift[1:] - shift[0])
-        self.effects_.put_own(targets, delta)
+        self.effects_.put_own([(t,) for t in targets], delta)
         return delta
 
     def _decode_rows(self, rows: np.ndarray, reference: Reference) -> np.ndarray:

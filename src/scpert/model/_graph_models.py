@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -281,26 +280,16 @@ class _GraphModel(PerturbationModel):
 
     # ------------------------------------------------------------------------------------------ on-target shift
 
-    @cached_property
-    def _gene_position(self) -> dict[str, int]:
-        return {g: i for i, g in enumerate(self.genes_)}
-
     def _put_own(self, delta: np.ndarray, targets: Sequence[tuple[str, ...]]) -> None:
         """Targets' own genes: as measured, or, of targets that were never perturbed alone, as the others' own genes move."""
-        gene, e = self._gene_position, self.effects_
+        e, gene = self.effects_, {g: j for j, g in enumerate(self.genes_)}
+        e.put_own(targets, delta)
         for i, row in enumerate(targets):
-            measured = e.row.get("+".join(row))
+            label = "+".join(row)
             for t in row:
-                if t not in gene:
-                    continue
-                j = gene[t]
-                if measured is not None:
-                    delta[i, j] = e.delta[measured, j]
-                elif t in e.singles:
-                    delta[i, j] = e.delta[e.singles[t], j]
-                elif e.own_rule is not None:
-                    constant, slope, _ = e.own_rule
-                    delta[i, j] = constant + slope * float(e.control_mean[j])
+                measured = e.row.get(label, e.singles.get(t))
+                if t in gene and measured is not None:
+                    delta[i, gene[t]] = e.delta[measured, gene[t]]
 
     # ------------------------------------------------------------------------------------------ prediction
 
