@@ -50,7 +50,7 @@ def all_models(epochs: int, tasks: list[Task]) -> list[ModelSpec]:
     The graph models get the targets that share annotations, of all tasks.
     """
     out = [ModelSpec(name) for name in CLOSED]
-    graph: dict[str, dict] = {}
+    informed: dict[str, dict] = {}  # options of deep models that take knowledge
     out.insert(3, ModelSpec("Additive, shrunken", "Additive", {"shrink": True}))
     folder = os.environ.get("SCPERT_TEST_PRIORS")
     if folder:
@@ -66,12 +66,13 @@ def all_models(epochs: int, tasks: list[Task]) -> list[ModelSpec]:
             :, :2
         ]
         string.columns = ["source", "target"]
-        out += [ModelSpec(name, options={"knowledge": {"go": go, "string": string}}) for name in INFORMED]
+        knowledge = {"knowledge": {"go": go, "string": string}}
+        out += [ModelSpec(name, options=knowledge) for name in INFORMED]
         labels = {x for task in tasks for x in task.load().obs["perturbation"].astype(str)}
         targets = sorted({gene for x in labels for gene in x.split("+")} - {"control"})
         net = pp.similarity_net(go[go["term"] != "GO:0005515"], genes=targets)  # without "protein binding"
-        graph = {name: {"perturbation_net": net} for name in ("GEARS", "BioDSNN")}
-    return out + [ModelSpec(name, options=graph.get(name, {}), train={"max_epochs": epochs}) for name in DEEP]
+        informed = {"GPOVAE": knowledge, "GEARS": {"perturbation_net": net}, "BioDSNN": {"perturbation_net": net}}
+    return out + [ModelSpec(name, options=informed.get(name, {}), train={"max_epochs": epochs}) for name in DEEP]
 
 
 def tables(board: pd.DataFrame) -> str:

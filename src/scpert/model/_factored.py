@@ -465,8 +465,8 @@ class _Factored(PerturbationModel):
                 rows = np.arange(start, min(start + size, screen.n_cells))
                 x = torch.from_numpy(screen.rows(rows, normalised=False).toarray().astype(np.float32)).to(device)
                 library = torch.from_numpy(screen.library_size[rows].astype(np.float32)[:, None]).to(device)
-                targets, member, which = m.distinct(torch.from_numpy(codes[rows]).to(device))
-                effect = (member @ m.mean_rows(targets), which)
+                targets = m.distinct(torch.from_numpy(codes[rows]).to(device))
+                effect = (targets.add_up(m.mean_rows(targets.rows)), targets.which)
                 artefact = None
                 if m.use_quality:
                     artefact = torch.from_numpy(failed[rows].astype(np.float32)[:, None]).to(device) * m.quality_loc
@@ -523,8 +523,8 @@ class _Factored(PerturbationModel):
         with self._seeded(0), torch.inference_mode():
             for start in progress(range(0, len(rows), batch_size), description="IWELBO", unit="batch"):
                 batch = {k: v.to(device) for k, v in tensors.batch(rows[start : start + batch_size]).items()}
-                targets, member, which = m.distinct(batch["codes"])
-                effect = (member @ m.mean_rows(targets), which)
+                targets = m.distinct(batch["codes"])
+                effect = (targets.add_up(m.mean_rows(targets.rows)), targets.which)
                 artefact = batch["quality"] * m.quality_loc if m.use_quality else None
                 covariates = m.one_hot(batch["covariates"])
                 loc, log_scale = m.encode(batch["x"], batch["library"], effect, artefact, covariates)

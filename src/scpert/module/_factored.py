@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,21 @@ __all__ = ["FactoredModule"]
 
 #: Log fold change below which the sign of an effect is smoothed.
 _SMALL_EFFECT = 0.05
+
+
+class BatchTargets(NamedTuple):
+    """The distinct targets and perturbations of a batch: each is computed once and gathered to its cells."""
+
+    rows: Tensor  #: distinct targets, ``(row,)``
+    kind: Tensor  #: perturbation of each pair of a perturbation and one of its targets, ``(pair,)``
+    row: Tensor  #: position in ``rows`` of each pair's target, ``(pair,)``
+    which: Tensor  #: perturbation of each cell, ``(cell,)``
+    n_kinds: int
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` ``(row, ...)`` over the targets of each perturbation, ``(perturbation, ...)``."""
+        total = values.new_zeros(self.n_kinds, *values.shape[1:])
+        return total.index_add(0, self.kind, values.index_select(0, self.row))
 
 
 class FactoredModule(BaseModuleClass):
@@ -135,11 +150,12 @@ class FactoredModule(BaseModuleClass):
 
     # ------------------------------------------------------------------------------------------ global latents
 
-    def parameters_of(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows of the global parameters that a batch needs, ``(row, width)`` each; gathered once for all draws."""
+    def parameters_of(self, rows: Tensor | None) -> dict[str, Tensor]:
+        """Rows of the global parameters, ``(row, width)`` each; a batch gathers its own once for all draws."""
         names = ["mask_logits"] if self.use_mask else []
         names += [] if self.correlated_guide else ["effect_loc", "effect_log_scale"]
-        return {name: getattr(self, name).index_select(0, rows) for name in names}
+        whole = {name: getattr(self, name) for name in names}
+        return whole if rows is None else {name: value.index_select(0, rows) for name, value in whole.items()}
 
     def sample_rows(
         self, rows: Tensor, gathered: dict[str, Tensor], *, kl: bool = True
@@ -175,12 +191,12 @@ class FactoredModule(BaseModuleClass):
         return loc if mask is None else mask * loc
 
     @staticmethod
-    def distinct(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distinct targets ``(row,)``, membership ``(perturbation, row)`` and each cell's perturbation ``(cell,)``."""
+    def distinct(codes: Tensor) -> BatchTargets:
+        """Distinct targets and perturbations of cells with target codes ``(cell, slot)``, -1 where a slot is empty."""
         kinds, which = torch.unique(codes, dim=0, return_inverse=True)
-        rows = torch.unique(kinds[kinds >= 0])
-        member = (kinds.unsqueeze(2) == rows).any(1).to(torch.float32)
-        return rows, member, which
+        there = kinds >= 0
+        rows, row = torch.unique(kinds[there], return_inverse=True)
+        return BatchTargets(rows, torch.nonzero(there)[:, 0], row, which, len(kinds))
 
     # ------------------------------------------------------------------------------------------ scvi-tools' steps
 
@@ -248,14 +264,14 @@ class FactoredModule(BaseModuleClass):
         """
         if first is None:
             embedded = self.embed(tensors["x"], tensors["library"])
-            rows, member, which = self.distinct(tensors["codes"])
-            gathered = self.parameters_of(rows)
+            targets = self.distinct(tensors["codes"])
+            gathered = self.parameters_of(targets.rows)
         else:
-            embedded, rows, member, gathered = (first[k] for k in ("embedded", "rows", "member", "gathered"))
-            which = first["effect"][1]
+            embedded, targets, gathered = (first[k] for k in ("embedded", "targets", "gathered"))
+        rows, which = targets.rows, targets.which
         effects, row_kl = self.sample_rows(rows, gathered, kl=first is None)
-        perturbation = member @ effects
-        kl_per_cell = None if row_kl is None else (member @ (row_kl / self.cells_per_target[rows]))[which]
+        perturbation = targets.add_up(effects)
+        kl_per_cell = None if row_kl is None else targets.add_up(row_kl / self.cells_per_target[rows])[which]
         artefact = None
         if self.use_quality:
             draw = self.quality_loc + torch.exp(self.quality_log_scale) * torch.randn_like(self.quality_loc)
@@ -274,8 +290,7 @@ class FactoredModule(BaseModuleClass):
             "artefact_draw": draw if self.use_quality else None,
             "covariates": covariates,
             "kl_rows": kl_per_cell,
-            "rows": rows,
-            "member": member,
+            "targets": targets,
             "gathered": gathered,
         }
 
@@ -316,10 +331,15 @@ class FactoredModule(BaseModuleClass):
         if self.use_quality and self.counterfactual_weight > 0 and "other_x" in tensors:
             extra["counterfactual"] = self._counterfactual(tensors, o)
             loss = loss + self.counterfactual_weight * extra["counterfactual"]
-        if self.gene_space and self.grn_weight > 0 and len(o["rows"]) and (self.published or self.evidence.numel()):
+        if (
+            self.gene_space
+            and self.grn_weight > 0
+            and len(o["targets"].rows)
+            and (self.published or self.evidence.numel())
+        ):
             extra["grn"] = self._alignment_published(tensors, o) if self.published else self._alignment(o)
             loss = loss + self.grn_weight * extra["grn"]
-        if self.gene_space and self.use_mask and self.sparsity_weight > 0 and len(o["rows"]):
+        if self.gene_space and self.use_mask and self.sparsity_weight > 0 and len(o["targets"].rows):
             extra["sparsity"] = torch.sigmoid(
                 self.mask_logits if self.published else o["gathered"]["mask_logits"]
             ).mean()
@@ -354,8 +374,8 @@ class FactoredModule(BaseModuleClass):
 
         The sign, not the size: a small effect can be certain, and the alignment must not inflate it.
         """
-        rows = torch.arange(self.n_targets, device=self.x_mean.device) if rows is None else rows
         gathered = self.parameters_of(rows) if gathered is None else gathered
+        rows = torch.arange(self.n_targets, device=self.x_mean.device) if rows is None else rows
         mask = torch.sigmoid(gathered["mask_logits"]) if self.use_mask else None
         loc, _ = self.effect_parameters(rows, mask, gathered)
         strength = loc * torch.rsqrt(loc**2 + _SMALL_EFFECT**2)
@@ -367,13 +387,14 @@ class FactoredModule(BaseModuleClass):
         The network that passes effects on is held fixed within a step: gradients reach the rows in the batch, each of
         which has evidence of its own, and not all rows through every hop.
         """
-        rows, own = o["rows"], self.adjacency(o["rows"], o["gathered"])
+        rows = o["targets"].rows
+        own = self.adjacency(rows, o["gathered"])
         if self.n_hops and len(self.hop_rows):
             with torch.no_grad():
-                full = self.adjacency(self.hop_rows)
-                order = torch.arange(len(self.hop_rows), device=rows.device)
-                scale = k_hop_scale(full, self.hop_columns, order) / self.hop_decay
-            total = k_hop(own, full, self.hop_columns, order, self.n_hops, scale)
+                onward = self.adjacency(None if len(self.hop_rows) == self.n_targets else self.hop_rows)
+                square = onward[:, self.hop_columns]
+                scale = k_hop_scale(square) / self.hop_decay
+            total = k_hop(own, onward, square, self.hop_columns, self.n_hops, scale)
         else:
             total = own
         weight = self.evidence_weight[rows]
@@ -384,11 +405,12 @@ class FactoredModule(BaseModuleClass):
         which = o["effect"][1]
         scale = torch.tensor(float(self.n_genes), device=which.device)
         start = o["gathered"]["mask_logits"]
-        total = k_hop(start, self.mask_logits, self.hop_columns, self.hop_rows, self.n_hops, scale)
+        onward = self.parameters_of(None if len(self.hop_rows) == self.n_targets else self.hop_rows)["mask_logits"]
+        total = k_hop(start, onward, onward[:, self.hop_columns], self.hop_columns, self.n_hops, scale)
         wanted = torch.log1p(tensors["x"] / tensors["library"] * K.TARGET_SUM)
         partner = torch.log1p(tensors["control_x"] / tensors["control_library"] * K.TARGET_SUM)
         target = (wanted - partner).abs() - self.fold_change_threshold
-        return (((o["member"] @ total)[which]) - target).abs().mean()
+        return (o["targets"].add_up(total)[which] - target).abs().mean()
 
     # ------------------------------------------------------------------------------------------ prediction
 

@@ -87,25 +87,15 @@ def nb_log_prob(x: Tensor, log_mean: Tensor, log_theta: Tensor, constant: Tensor
     return constant + (theta * log_theta).sum() + (x * log_mean - (x + theta) * log_mix).sum(1)
 
 
-def k_hop_scale(adjacency: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Upper bound of the spectral radius of the square part of ``adjacency``: sqrt(|A|_1 |A|_inf), at least 1.
-
-    Parameters
-    ----------
-    adjacency
-        ``(target, gene)``.
-    columns, rows
-        Genes that are targets themselves and their rows, both ``(measured target,)``.
-    """
-    square = adjacency[rows][:, columns].abs()
+def k_hop_scale(square: Tensor) -> Tensor:
+    """Upper bound of the spectral radius of a matrix ``(target, target)``: sqrt(|A|_1 |A|_inf), at least 1."""
     if square.numel() == 0:
-        return adjacency.new_ones(())
-    return (square.sum(0).max() * square.sum(1).max()).sqrt().clamp_min(1.0)
+        return square.new_ones(())
+    size = square.abs()
+    return (size.sum(0).max() * size.sum(1).max()).sqrt().clamp_min(1.0)
 
 
-def k_hop(
-    start: Tensor, adjacency: Tensor, columns: Tensor, rows: Tensor, n_hops: int, scale: Tensor | float
-) -> Tensor:
+def k_hop(start: Tensor, onward: Tensor, square: Tensor, columns: Tensor, n_hops: int, scale: Tensor | float) -> Tensor:
     r"""Effects that reach genes over at most ``n_hops`` intermediate regulators.
 
     .. math:: T_K = \sum_{k=0}^{K} a\,(\gamma \hat A)^k
@@ -119,25 +109,23 @@ def k_hop(
     ----------
     start
         Rows of the adjacency to accumulate, ``(row, gene)``.
-    adjacency
-        ``(target, gene)``.
-    columns, rows
-        As in :func:`k_hop_scale`.
+    onward
+        Rows of the adjacency of the targets that are measured genes, ``(measured target, gene)``.
+    square
+        Their entries for each other, ``onward[:, columns]``, ``(measured target, measured target)``.
+    columns
+        Genes of the measured targets, ``(measured target,)``.
     n_hops
         Intermediate steps; 0 gives ``start``.
     scale
         Divides every hop.
     """
-    if n_hops == 0 or len(rows) == 0:
+    if n_hops == 0 or len(columns) == 0:
         return start
-    whole = len(rows) == len(adjacency) and bool((rows == torch.arange(len(rows), device=rows.device)).all())
-    onward = adjacency if whole else adjacency[rows]
     passed = reached = start[:, columns] / scale
-    if n_hops > 1:
-        square = onward[:, columns] / scale
-        for _ in range(n_hops - 1):
-            passed = passed @ square
-            reached = reached + passed
+    for _ in range(n_hops - 1):
+        passed = (passed @ square) / scale
+        reached = reached + passed
     return start + reached @ onward
 
 
