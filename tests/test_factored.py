@@ -389,6 +389,9 @@ def test_knowledge_that_says_nothing_leaves_the_mean(caplog):
     wanted = constant + slope * model.effects_.control_mean[own]
     assert (wanted < -0.1).all()
     np.testing.assert_allclose(out[held].layers["delta"][[0, 1], own], wanted, rtol=1e-4)
+    pair = model.predict_perturbation("+".join(held)).layers["delta"][0]  # one mean, not two
+    np.testing.assert_allclose(np.delete(pair, own), np.delete(model.effects_.mean, own), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pair[own], wanted, rtol=1e-4)
     assert model.get_grn(threshold=0.0, regulators=held).empty and "get no edges" in caplog.text
 
 

@@ -318,8 +318,8 @@ class _Factored(PerturbationModel):
         theta = torch.exp(self.module.log_theta).detach().cpu().numpy()
         return ExpectedLog1p(theta, self.reference_.library)
 
-    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
-        """Shift ``(target, gene)`` for targets that the model was not trained on, from prior knowledge."""
+    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> tuple[np.ndarray, float]:
+        """Shift ``(target, gene)`` of targets that the model was not trained on, and how far knowledge makes it."""
         raise NotImplementedError
 
     def _effect(self, targets: list[tuple[str, ...]]) -> torch.Tensor:
@@ -379,11 +379,13 @@ class _Factored(PerturbationModel):
                 if None not in rows:  # the corrections of the singles are added
                     std[i] = np.sqrt((self.spread_[rows] ** 2).sum(axis=0))
         if unseen:
-            shift = dict(zip(unseen, self._unseen_delta(unseen, reference, batch_size), strict=True))
+            shift, share = self._unseen_delta(unseen, reference, batch_size)
+            position = {t: j for j, t in enumerate(unseen)}
             for i, wanted in enumerate(targets):
-                for t in wanted:
-                    if t in shift:
-                        delta[i] += shift[t]
+                new = [position[t] for t in wanted if t in position]
+                delta[i] += shift[new].sum(axis=0)
+                if len(new) == len(wanted):  # what stands for the mean in all of them is one mean, not their sum
+                    delta[i] -= (1 - share) * (len(new) - 1) * self.effects_.mean
         return Prediction(delta, std)
 
     def _predict_cells(

@@ -320,15 +320,18 @@ class GPOVAE(_Factored):
     def _covers(self, target: str) -> bool:
         return target in self._graph_targets()
 
-    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> np.ndarray:
-        """Mean effect plus a share of what the network makes of the rows that knowledge predicts; own genes as those of others."""
+    def _unseen_delta(self, targets: list[str], reference: Reference, batch_size: int) -> tuple[np.ndarray, float]:
+        """Mean effect plus a share of what the network makes of the rows that knowledge predicts; own genes as those of others.
+
+        And this share.
+        """
         centre, process, share = self._rows_from_knowledge
         delta = np.tile(self.effects_.mean, (len(targets), 1))
         if share > 0:
             shift = self._decode_rows(np.vstack([centre, _rows_of(process, targets)]), reference)
             delta = delta + share * (shift[1:] - shift[0])
         self.effects_.put_own([(t,) for t in targets], delta)
-        return delta
+        return delta, share
 
     def _decode_rows(self, rows: np.ndarray, reference: Reference) -> np.ndarray:
         return self._decode_effects(torch.from_numpy(rows.astype(np.float32)).to(self.device), reference)

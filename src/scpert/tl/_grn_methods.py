@@ -560,7 +560,7 @@ def gpovae(problem: Problem) -> Scores:
         if problem.inferred and trained._rows_from_knowledge[2] > 0:
             # nothing was measured: half of the evidence is missing, and noise is that of a perturbation in the middle
             error = np.nanmedian(measured.error, axis=0, keepdims=True)
-            shift = trained._unseen_delta(problem.inferred, trained.reference_, 1024)[:, columns]
+            shift = trained._unseen_delta(problem.inferred, trained.reference_, 1024)[0][:, columns]
             error = np.repeat(error, len(shift), axis=0)
             zscore, _ = welch(_without_offset(problem, shift, error) / 2, error, np.inf)
             weight[row < 0] = sign[row < 0, None] * np.nan_to_num(zscore)
