@@ -14,7 +14,7 @@ from scpert.data._effects import Effects
 from scpert.errors import ScpertError, UnknownTargetError
 from scpert.model import KnowledgeGP
 from scpert.model import _gp as gp
-from scpert.model._response import fit_response
+from scpert.model._response import fit_response, limit_widths
 
 
 def table(n=90, genes=40, n_groups=6, signal=1.0, seed=0) -> tuple[ad.AnnData, pd.DataFrame]:
@@ -413,3 +413,22 @@ def test_unseen_combinations_of_untrusted_targets_are_the_mean_once(fitted):
     np.testing.assert_allclose(out["p70+p71"].X[0], model.effects_.mean, atol=1e-6)
     own = model.predict_perturbation("p1").X[0]
     np.testing.assert_allclose(out["p1+p70"].X[0], own + model.effects_.mean, atol=1e-5)
+
+
+def test_limits_hold_every_gene_alike_where_rows_can_tell():
+    """Genes with tails of different weight get limits of their own, equal genes a common one."""
+    rng = np.random.default_rng(0)
+    genes = np.arange(400)
+    freedom = np.where(genes % 2, 2.5, 30.0)
+
+    def draw(rows, df):
+        return np.abs(rng.standard_t(df, size=(rows, 400)) / np.sqrt(df / (df - 2)))
+
+    for rows in (20, 60, 300):
+        width = limit_widths(draw(rows, freedom))
+        new = (draw(4000, freedom) <= width).mean(axis=0)
+        pooled = (draw(4000, freedom) <= np.quantile(draw(rows, freedom), 0.9)).mean(axis=0)
+        assert abs(new.mean() - 0.9 * (rows + 1) / rows) < 0.02
+        assert new.std() < pooled.std() + 0.002 if rows == 20 else new.std() < 0.9 * pooled.std()
+    alike = limit_widths(draw(60, np.full(400, 5.0)))
+    assert alike.std() < 0.05 * alike.mean()

@@ -163,7 +163,7 @@ def main() -> None:
                 trust.append(float(saved["trust"]))
                 if "lower" in saved:
                     truth = observed.loc[test].to_numpy()
-                    inside.append(((truth >= saved["lower"]) & (truth <= saved["upper"])).mean())
+                    inside.append((truth >= saved["lower"]) & (truth <= saved["upper"]))
                 for key in scores:
                     for x, p in zip(test, saved[key], strict=True):
                         keep = np.ones(len(p), dtype=bool)
@@ -180,7 +180,12 @@ def main() -> None:
                 r, c = np.mean(scores[key], axis=0)
                 e = np.sum(error[key], axis=0)
                 note = f", trust in the network {np.mean(trust):.2f}" if network and key == "full" else ""
-                note += f", {100 * np.mean(inside):.0f} % inside the 90 % limits" if inside and key == "full" else ""
+                if inside and key == "full":
+                    held = 100 * np.concatenate(inside).mean(axis=0)  # of each gene
+                    low, high = np.quantile(held, [0.05, 0.95])
+                    note += (
+                        f", {held.mean():.0f} % inside the 90 % limits ({low:.0f} to {high:.0f} % in nine of ten genes)"
+                    )
                 shown = f"{name}{', its linear graph model' if key == 'linear' or (args.linear and np.isfinite(trust[0])) else ''}"
                 shown += ", published" if args.published else ""
                 print(

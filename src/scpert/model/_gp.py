@@ -20,7 +20,7 @@ from ..errors import LabelError, UnknownTargetError
 from ._base import Prediction, Reference
 from ._closed_form import KnowledgeModel
 from ._knowledge import GeneFeatures, _embedding
-from ._response import Response, fit_response, spread
+from ._response import Response, fit_response, limit_widths, spread
 
 __all__ = ["KnowledgeGP"]
 
@@ -32,7 +32,6 @@ MAX_LEARN = 1000
 MAX_RANK = 150
 #: Folds of the training perturbations from which everything is learned; of few perturbations, twice as many.
 N_FOLDS = 5
-COVERAGE = 0.9
 _NOISE = np.geomspace(0.1, 1000.0, 25)
 #: Levels of noise that components share where every level costs a factorisation of all rows.
 MAX_LEVELS = 6
@@ -585,10 +584,7 @@ class KnowledgeGP(KnowledgeModel):
         if not self.spread_.any():
             self.spread_ = np.array([1.0, 0.0, 0.0])
         sd = np.sqrt(np.maximum(features @ self.spread_, 1e-6))[:, None] * self.gene_sd_
-        ratio = np.abs(error) / sd
-        level = min(1.0, COVERAGE * (len(L) + 1) / len(L))
-        pooled = float(np.quantile(ratio, level))
-        self.quantile_ = np.quantile(ratio, level, axis=0) if len(L) >= 200 else np.full(delta.shape[1], pooled)
+        self.quantile_ = limit_widths(np.abs(error) / sd)
 
     def _without(
         self, fold: _Fold, delta: np.ndarray, every: np.ndarray, amplitude: np.ndarray

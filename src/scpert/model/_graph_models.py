@@ -23,6 +23,7 @@ from ..module._graph_prior import GraphPrior
 from ..nn._graph import net_matrix, normalised_adjacency
 from ._base import PerturbationModel, Prediction, Reference
 from ._knowledge import GeneFeatures, read_knowledge
+from ._response import limit_widths
 
 __all__ = ["GEARS", "BioDSNN"]
 
@@ -304,8 +305,7 @@ class _GraphModel(PerturbationModel):
         gene_sd = np.sqrt(np.mean(scaled**2, axis=0) + 1e-8)
         self._calibration = {
             "gene_sd": gene_sd.astype(np.float32),
-            # 90 % of one perturbation more than there are (split conformal)
-            "width": float(np.quantile(scaled / gene_sd, min(1.0, 0.9 * (1 + 1 / len(scaled))))),
+            "width": limit_widths(scaled / gene_sd).astype(np.float32),
             "noise": float(np.median(self._prior.noise)),
         }
 

@@ -1,4 +1,4 @@
-"""How observed values follow predicted deviations: a slope per gene and one smooth surface, learned from held-out rows."""
+"""How observed values follow predictions, learned from held-out rows: response (slopes, a smooth surface) and limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Response", "fit_response", "spread"]
+__all__ = ["COVERAGE", "Response", "fit_response", "limit_widths", "spread"]
+
+#: Share of the values of unseen perturbations that limits are made to hold.
+COVERAGE = 0.9
 
 #: Pseudo-weight with which a gene's slope is shrunk to that of all genes, in mean sums of squares.
 _PRIOR = 0.5
@@ -128,3 +131,27 @@ def fit_response(
     if best == "surface":
         together.weights = _solve(gram, moment)
     return together, kinds[best]
+
+
+def limit_widths(ratio: np.ndarray) -> np.ndarray:
+    """Half-width of each gene's limits in standard deviations, from errors on left-out rows.
+
+    The quantile of the gene's errors that holds 90 % of one row more than there are (split conformal), drawn towards that
+    of all genes as far as chance alone explains how unequally the latter holds the genes (empirical Bayes).
+
+    Parameters
+    ----------
+    ratio
+        Absolute errors in standard deviations, ``(row, gene)``.
+
+    Returns
+    -------
+    ``(gene,)``
+    """
+    n = len(ratio)
+    level = min(1.0, COVERAGE * (n + 1) / n)
+    pooled = np.quantile(ratio, level)
+    chance = COVERAGE * (1 - COVERAGE) / n
+    unequal = max((ratio <= pooled).mean(axis=0).var() - chance, 0.0)
+    own = unequal / (unequal + chance)
+    return own * np.quantile(ratio, level, axis=0) + (1 - own) * pooled
