@@ -378,6 +378,16 @@ def test_command_line_takes_knowledge(screen, tmp_path, capsys, caplog):
     assert "KNN has no --knowledge" in caplog.text and "NoChange has no" not in caplog.text
     known = [pd.read_parquet(tmp_path / x / "results.parquet").query("model == 'KNN'")["known"] for x in "ab"]
     assert "unseen" in set(known[0]) and set(known[1]) == {"fallback"}
+    graph = [x if x != "KNN" else "GEARS" for x in start] + ["--max-epochs", "1", "--out", str(tmp_path / "d")]
+    assert benchmark.main([*graph, *tables]) == 0  # the annotations, not the embedding
+    found = pd.read_parquet(tmp_path / "d" / "results.parquet").query("model == 'GEARS'")
+    assert (found["status"] == "ok").all()
+    strange = tmp_path / "strange.csv"
+    pd.DataFrame({"source": ["X1"], "target": ["X2"]}).to_csv(strange, index=False)
+    graph[-1] = str(tmp_path / "e")
+    assert benchmark.main([*graph, "--knowledge", f"net={strange}"]) == 0
+    found = pd.read_parquet(tmp_path / "e" / "results.parquet").query("model == 'GEARS'")
+    assert found["message"].str.contains("perturbation_net holds none of the data's").all()
     for bad, match in (("go", "not NAME=FILE"), ("go=nowhere.csv", "no such file"), (f"go={__file__}", "not a table")):
         with pytest.raises(ScpertError, match=match):
             benchmark.main([*start, "--out", str(tmp_path / "c"), "--knowledge", bad])

@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="NAME=FILE",
-        help="tables for models that take knowledge (KNN, Ridge, KnowledgeGP): csv, tsv or parquet with the columns gene and "
-        "term, or source and target, or an embedding with the genes in the first column",
+        help="tables for models that take knowledge (KNN, Ridge, KnowledgeGP, GPOVAE, GEARS, BioDSNN): csv, tsv or parquet with "
+        "the columns gene and term, or source and target, or (not GEARS and BioDSNN) an embedding with the genes in the first column",
     )
     parser.add_argument("--dask", default=None, help="address of a Dask scheduler, or a number of local workers")
     return parser
@@ -110,13 +110,14 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     models = []
     for name in args.models:
         spec = ModelSpec(name, train=train)
-        if "knowledge" in inspect.signature(spec.resolve()).parameters:
-            if knowledge:
-                spec = replace(spec, options={"knowledge": knowledge})
-            else:
-                logger.warning(
-                    "%s has no --knowledge: of unseen perturbations it can predict the mean effect only", name
-                )
+        takes = inspect.signature(spec.resolve()).parameters
+        nets = {key: table for key, table in knowledge.items() if _has_edges(table)}
+        if "knowledge" in takes and knowledge:
+            spec = replace(spec, options={"knowledge": knowledge})
+        elif "knowledge" in takes:
+            logger.warning("%s has no --knowledge: of unseen perturbations it can predict the mean effect only", name)
+        elif "perturbation_net" in takes and nets:  # graph models know targets by nets and annotations
+            spec = replace(spec, options={"perturbation_net": nets})
         models.append(spec)
     seeds: Any = int(args.seeds) if "," not in str(args.seeds) else [int(s) for s in args.seeds.split(",")]
     engine = _client(args.dask) if args.dask else None
@@ -140,6 +141,11 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
     return 0
 
 
+def _has_edges(table: Any) -> bool:
+    """Whether a table holds annotations or a net; else it is an embedding."""
+    return {"gene", "term"} <= set(table.columns) or {"source", "target"} <= set(table.columns)
+
+
 def _knowledge(items: Sequence[str]) -> dict[str, Any]:
     """Tables by name from ``NAME=FILE``."""
     import pandas as pd
@@ -157,8 +163,7 @@ def _knowledge(items: Sequence[str]) -> dict[str, Any]:
                 "a csv, tsv or parquet file."
             )
         table = pd.read_parquet(file) if ending == ".parquet" else pd.read_csv(file, sep=kinds[ending])
-        edges = {"gene", "term"} <= set(table.columns) or {"source", "target"} <= set(table.columns)
-        if not edges and isinstance(table.index, pd.RangeIndex):
+        if not _has_edges(table) and isinstance(table.index, pd.RangeIndex):
             table = table.set_index(table.columns[0])
         out[name] = table
     return out
