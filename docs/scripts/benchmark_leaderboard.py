@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scpert import benchmark, pl, pp
+from scpert import benchmark, pl
 from scpert.benchmark import TASKS, ModelSpec, Task
 from scpert.benchmark._run import BASELINE, CEILING
 
@@ -44,11 +44,8 @@ def all_tasks() -> list[Task]:
     return real + [TASKS[name] for name in ("simulated_unseen", "simulated_combinations", "simulated_null")]
 
 
-def all_models(epochs: int, tasks: list[Task]) -> list[ModelSpec]:
-    """A specification per model; those that need knowledge of genes get annotations (GO, simulated) and STRING.
-
-    The graph models get the targets that share annotations, of all tasks.
-    """
+def all_models(epochs: int) -> list[ModelSpec]:
+    """A specification per model; all that take knowledge of genes get annotations (GO, simulated) and STRING."""
     out = [ModelSpec(name) for name in CLOSED]
     informed: dict[str, dict] = {}  # options of deep models that take knowledge
     out.insert(3, ModelSpec("Additive, shrunken", "Additive", {"shrink": True}))
@@ -68,10 +65,8 @@ def all_models(epochs: int, tasks: list[Task]) -> list[ModelSpec]:
         string.columns = ["source", "target"]
         knowledge = {"knowledge": {"go": go, "string": string}}
         out += [ModelSpec(name, options=knowledge) for name in INFORMED]
-        labels = {x for task in tasks for x in task.load().obs["perturbation"].astype(str)}
-        targets = sorted({gene for x in labels for gene in x.split("+")} - {"control"})
-        net = pp.similarity_net(go[go["term"] != "GO:0005515"], genes=targets)  # without "protein binding"
-        informed = {"GPOVAE": knowledge, "GEARS": {"perturbation_net": net}, "BioDSNN": {"perturbation_net": net}}
+        graph = {"perturbation_net": knowledge["knowledge"]}  # the same tables
+        informed = {"GPOVAE": knowledge, "GEARS": graph, "BioDSNN": graph}
     return out + [ModelSpec(name, options=informed.get(name, {}), train={"max_epochs": epochs}) for name in DEEP]
 
 
@@ -149,7 +144,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     args = parser.parse_args()
     tasks = [task for task in all_tasks() if args.tasks is None or task.name in args.tasks]
-    models = [spec for spec in all_models(args.epochs, all_tasks()) if args.models is None or spec.name in args.models]
+    models = [spec for spec in all_models(args.epochs) if args.models is None or spec.name in args.models]
     out = Path(args.out)
     results = benchmark.run(tasks, models, seeds=args.seeds, out=out)
     board = benchmark.leaderboard(results, path=out / "leaderboard.html")
