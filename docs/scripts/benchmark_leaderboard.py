@@ -95,7 +95,8 @@ def tables(board: pd.DataFrame) -> str:
             for m in metrics:
                 value = wide.loc[model, m]
                 text = "" if np.isnan(value) else f"{value:.3g}" if m == "mse" else f"{value:.3f}"
-                won = model not in (CEILING, BASELINE) and rank.loc[model, m] == best[m] and not verdicts[m]
+                won = model not in (CEILING, BASELINE) and rank.loc[model, m] == best[m] < rank.loc[BASELINE, m]
+                won = won and not verdicts[m]
                 row.append(f"**{text}**" if won and text else text)
             s = first.loc[model]
             row.append("" if np.isnan(s["score"]) else f"{s['score']:.2f} [{s['lower']:.2f}, {s['upper']:.2f}]")

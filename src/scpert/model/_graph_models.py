@@ -512,7 +512,7 @@ class GEARS(_GraphModel):
         Net of measured genes; ``None``: :func:`scpert.pp.coexpression_net` of the training cells.
     perturbation_net
         Net of targets (:func:`scpert.pp.similarity_net` of Gene Ontology), or a dict of nets; ``None``: the gene net,
-        which knows measured genes only. A table of annotations (``gene``, ``term``) may stand in the place of a net:
+        which knows measured genes only. Best of all genes, not of the perturbed ones alone: others join them. A table of annotations (``gene``, ``term``) may stand in the place of a net:
         its similarity net is the graph, and the linear graph model also sees the terms themselves, weighted by their
         information content.
     n_hidden
