@@ -100,7 +100,7 @@ def test_weighted_effects_by_hand(covariate_keys):
             )
             of_control = values[screen.is_control].var(axis=0, ddof=1)
             n_effective = weight[mine].sum() ** 2 / (weight[mine] ** 2).sum()
-            wanted = np.maximum(spread, of_control) / n_effective + of_control / screen.is_control.sum()
+            wanted = np.maximum(spread, of_control) * (1 / n_effective + 1 / screen.is_control.sum())
             np.testing.assert_allclose(error[i] ** 2, wanted, rtol=1e-3, atol=1e-9)
 
 

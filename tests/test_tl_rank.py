@@ -189,3 +189,41 @@ def test_goals_as_an_analyst_gives_them(screen):
             scpert.tl.rank_perturbations(screen, goal=wrong)
     with pytest.raises(ScpertError, match="n_doubles=1.5"):
         scpert.tl.rank_perturbations(screen, goal=goal, n_doubles=1.5)
+
+
+def test_batches_are_no_way_and_no_progress():
+    """Goal cells of another batch than most controls: without strata its shift is the way; within strata the perturbation is."""
+    adata = scpert.datasets.simulated(n_genes=60, n_targets=6, cells_per_perturbation=150, strength=1.0)
+    rng = np.random.default_rng(0)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    goal, other = "G60", "G19"
+    late = rng.random(len(labels)) < np.where(np.isin(labels, [goal, other]), 0.8, 0.3)
+    x = adata.X.toarray()
+    x[:, 20:50] = np.where(late[:, None], rng.poisson(x[:, 20:50] * 4 + 2), x[:, 20:50])
+    adata.X = x
+    adata.obs["run"] = late.astype(str)
+    free = scpert.tl.rank_perturbations(adata, goal=goal, doubles=False).set_index("perturbation")
+    within = scpert.tl.rank_perturbations(adata, goal=goal, doubles=False, covariate_keys="run").set_index("perturbation")
+    assert free.loc[other, "progress"] > 0.6 and abs(within.loc[other, "progress"]) < 0.35
+    assert within.index[0] == goal and within.loc[goal, "progress"] == pytest.approx(1.0)
+    assert within.loc[goal, "pvals"] == 0.0
+    with pytest.raises(ScpertError, match="no cell to start from"):
+        scpert.tl.rank_perturbations(
+            adata, goal=goal, start=(labels == "control") & ~late, covariate_keys="run", doubles=False
+        )
+
+
+def test_nullable_masks_and_unknown_candidates(screen):
+    mask = (screen.obs["perturbation"] == screen.obs["perturbation"].iloc[0]).astype("boolean")
+    plain = scpert.tl.rank_perturbations(screen, goal=mask.to_numpy(dtype=bool), doubles=False)
+    pd.testing.assert_frame_equal(scpert.tl.rank_perturbations(screen, goal=mask, doubles=False), plain)
+    mask.iloc[3] = pd.NA
+    with pytest.raises(ScpertError, match="1 missing value"):
+        scpert.tl.rank_perturbations(screen, goal=mask, doubles=False)
+    scpert.model.PerturbedMean.setup_anndata(screen)
+    model = scpert.model.PerturbedMean(screen)
+    model.train()
+    goal = next(p for p in screen.obs["perturbation"] if p != "control")
+    with pytest.raises(scpert.errors.UnknownTargetError, match="Leave it out") as caught:
+        scpert.tl.rank_perturbations(screen, model, goal=goal, perturbations=[goal, "NOT_A_GENE"])
+    assert "on_unknown" not in str(caught.value)

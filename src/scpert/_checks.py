@@ -71,6 +71,17 @@ def check_whole(name: str, value: float) -> int:
     return int(value)
 
 
+def as_mask(values: Any, name: str) -> np.ndarray | None:
+    """``values`` as a boolean array if they are boolean (numpy, pandas' nullable, categories), else ``None``."""
+    dtype = getattr(values, "dtype", None)
+    if dtype is not None and pd.api.types.is_bool_dtype(dtype):
+        if missing := int(np.sum(pd.isna(values))):
+            raise ScpertError(f"{name} has {missing} missing value(s): say True or False for each.")
+        return np.asarray(values, dtype=bool)
+    array = np.asarray(values)
+    return array if array.dtype == bool and array.ndim == 1 else None
+
+
 def check_seed(value: int, name: str = "random_state") -> int:
     """Return ``value`` as an integer if it can seed every generator: a whole number from 0 to 2**32 - 1."""
     if not _is_number(value) or isinstance(value, bool) or not 0 <= value < 2**32 or int(value) != value:

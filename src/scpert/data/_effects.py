@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,10 @@ from ..errors import LabelError, ScpertError
 from ._perturbation import parse
 from ._screen import Screen
 
-__all__ = ["Effects", "effects_in_strata", "need_controls", "without_own"]
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Effects", "effects_in_strata", "need_controls", "std_errors_of", "without_own"]
 
 logger = logging.getLogger("scpert")
 
@@ -113,18 +116,9 @@ class Effects:
                 "its values are not relative to control. Subtract the control from every row, or drop scale='effects'."
             )
         values = screen.rows(rows).toarray().astype(np.float32)
-        errors = np.full_like(values, np.nan)
-        if K.STD_ERROR in adata.layers:
-            layer = adata.layers[K.STD_ERROR][rows]
-            errors = np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, dtype=np.float32)
-            bad = (errors < 0) | np.isinf(errors)
-            if bad.any():
-                row, column = np.argwhere(bad)[0]
-                raise ScpertError(
-                    f"layers[{K.STD_ERROR!r}] has {int(bad.sum())} value(s) that are negative or infinite (first: "
-                    f"{errors[row, column]:.4g} of {adata.obs_names[rows[row]]!r}, {adata.var_names[column]!r}). Standard errors are "
-                    "finite and not below 0; use NaN where one is not known."
-                )
+        errors = std_errors_of(adata, rows)
+        if errors is None:
+            errors = np.full_like(values, np.nan)
         n = np.ones(len(rows))
         if K.N_CELLS in adata.obs.columns:
             n = pd.to_numeric(adata.obs[K.N_CELLS].iloc[rows], errors="coerce").fillna(1).to_numpy(dtype=float)
@@ -228,6 +222,23 @@ class Effects:
         )
 
 
+def std_errors_of(adata: AnnData, rows: np.ndarray) -> np.ndarray | None:
+    """Standard errors of rows of a table of effects, float32 ``(row, gene)``; ``None`` where the table has none."""
+    if K.STD_ERROR not in adata.layers:
+        return None
+    layer = adata.layers[K.STD_ERROR][rows]
+    errors = np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, dtype=np.float32)
+    bad = (errors < 0) | np.isinf(errors)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ScpertError(
+            f"layers[{K.STD_ERROR!r}] has {int(bad.sum())} value(s) that are negative or infinite (first: "
+            f"{errors[row, column]:.4g} of {adata.obs_names[rows[row]]!r}, {adata.var_names[column]!r}). Standard errors are "
+            "finite and not below 0; use NaN where one is not known."
+        )
+    return None if np.isnan(errors).all() else errors
+
+
 def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Sequence[str] | np.ndarray) -> np.ndarray:
     """Rows of effects ``(perturbation, gene)`` with each target's own gene at that gene's mean over the rows that do not target it."""
     gene = {g: j for j, g in enumerate(genes)}
@@ -288,7 +299,8 @@ def effects_in_strata(
     mask
         Cells that count, boolean ``(cell,)``.
     cautious
-        The variance of the perturbed cells counts at least as much as that of their controls, and the results are float32.
+        Few cells that happen to agree are no evidence: the variance of the perturbed cells counts at least as much as that of
+        their controls, and that of the controls at least as much as that of the perturbed cells. The results are float32.
     progress
         Wraps the iterator over chunks (a progress bar).
 
@@ -335,10 +347,12 @@ def effects_in_strata(
                 pooled = ((own[many] - 1)[:, None] * moments.var[np.asarray(index)[many]]).sum(axis=0) / dof / n
             else:
                 pooled = np.full(n_genes, np.nan)
+            beside = control_var[present]
             if cautious:
+                beside = np.fmax(beside, pooled * n / moments.n[c][:, None])
                 pooled = np.fmax(pooled, weight @ moments.var[c] / n)
                 freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
-            parts = weight[:, None] ** 2 * control_var[present]
+            parts = weight[:, None] ** 2 * beside
             variance = pooled + parts.sum(axis=0)
             error[p - 1] = np.sqrt(variance)
             spread = (parts**2 / (moments.n[c] - 1)[:, None]).sum(axis=0) + pooled**2 / freedom_own

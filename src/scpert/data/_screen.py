@@ -451,3 +451,14 @@ class Screen:
                 mean[i] /= cells
                 var[i] = np.maximum(var[i] - cells * mean[i] ** 2, 0.0) / (cells - 1) if cells > 1 else np.nan
         return Moments(names.astype(object), n, mean, var)
+
+
+def cell_hashes(names: pd.Index) -> np.ndarray:
+    """Sorted 64-bit hashes of cell names."""
+    parts = [
+        pd.util.hash_array(names[start : start + 8192].to_numpy(dtype=object), categorize=False)
+        for start in range(0, len(names), 8192)
+    ]
+    out = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    out.sort()
+    return out

@@ -40,7 +40,7 @@ from ..data._effects import Effects
 from ..data._field import REGISTRY_KEY, PerturbationField, covariate_codes
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import canonical, encode, join, parse
-from ..data._screen import Screen, log1p_cp10k
+from ..data._screen import Screen, cell_hashes, log1p_cp10k
 from ..errors import FileFormatError, LabelError, MissingKeyError, NotTrainedError, ScpertError, UnknownTargetError
 from ._io import load_directory, save_directory
 
@@ -433,7 +433,9 @@ class PerturbationModel(BaseModel):
     _batch_size = 256
     _group_labels: int | None = None
 
-    #: Effects of the training cells, and control cells to predict from; ``None`` before training.
+    #: Hashes of the names of the training and validation cells; effects of the training cells, and control cells to predict
+    #: from. ``None`` before training.
+    cells_: np.ndarray
     effects_: Effects
     reference_: Reference
 
@@ -576,7 +578,7 @@ class PerturbationModel(BaseModel):
         self.scale_: str = state["scale"]
         self.covariates_: dict[str, list[str]] = dict(state["covariates"])
         self._field_state = state
-        self.effects_ = None  # type: ignore[assignment]
+        self.cells_ = self.effects_ = None  # type: ignore[assignment]
         self.reference_ = None  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------------ data
@@ -615,6 +617,13 @@ class PerturbationModel(BaseModel):
     def _learn_reference(self, random_state: int = 0) -> None:
         """Compute the effects of the training cells and keep control cells to predict from."""
         screen, mask = self._screen, self._train_mask()
+        split_key = self.setup_args_["split_key"]
+        seen = (
+            np.ones(screen.n_cells, dtype=bool)
+            if split_key is None
+            else (screen.adata.obs[split_key].astype(str) != K.TEST).to_numpy()
+        )
+        self.cells_ = cell_hashes(screen.adata.obs_names[seen])
         self.effects_ = self._effects_of(mask)
         if len(self.effects_.labels) == 0:
             raise LabelError("No perturbed cell is among the training cells: nothing to learn from.")
@@ -1167,6 +1176,7 @@ class PerturbationModel(BaseModel):
     def _get_state(self) -> dict[str, Any]:
         e, r = self.effects_, self.reference_
         return {
+            "cells": self.cells_,
             "effects": {
                 "labels": np.asarray(e.labels, dtype=object),
                 "delta": e.delta,
@@ -1185,6 +1195,7 @@ class PerturbationModel(BaseModel):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         e, r = state["effects"], state["reference"]
+        self.cells_ = state["cells"]
         self.effects_ = Effects(
             e["labels"],
             e["delta"],

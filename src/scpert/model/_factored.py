@@ -159,9 +159,18 @@ class _Factored(PerturbationModel):
             else np.zeros(len(codes), int)
         )
 
+    def _passing(self) -> np.ndarray:
+        """Cells that passed quality control, all where the model does not look at it, boolean ``(cell,)``."""
+        key = self.setup_args_["quality_key"] if self.module.use_quality else None
+        return ~quality_failures(self._screen.adata, key)
+
+    def _train_mask(self) -> np.ndarray:
+        """Cells that effects are measured in: what a failed cell shows may be its failure. The module trains on all."""
+        return super()._train_mask() & self._passing()
+
     def _effects_of(self, mask: np.ndarray) -> Effects:
-        """Effects within the strata of the covariates, where there are any."""
-        return Effects.from_screen(self._screen, mask, self._strata() if self.covariates_ else None)
+        """Effects of passing cells, within the strata of the covariates, where there are any."""
+        return Effects.from_screen(self._screen, mask & self._passing(), self._strata() if self.covariates_ else None)
 
     def _learn_reference(self, random_state: int = 0) -> None:
         if self.covariates_:
@@ -170,6 +179,9 @@ class _Factored(PerturbationModel):
                 self._screen, self._strata(), lambda cell: " / ".join(map(str, table.iloc[cell])), self._train_mask()
             )
         super()._learn_reference(random_state)
+        lost = sorted({*self._screen.labels[super()._train_mask()]} - {self.control_, *self.effects_.labels})
+        if lost:
+            logger.warning("No training cell of %s passed quality control: no effect was measured.", listing(lost, 5))
 
     def _before_training(self, random_state: int) -> None:
         """Start where the training cells are: mean rates, dispersions and shrunken effects."""
@@ -206,8 +218,9 @@ class _Factored(PerturbationModel):
         module.x_std.copy_(torch.from_numpy(np.maximum(std, 1e-2)))
 
         effects = self.effects_
-        hits = multi_hot(encode(effects.labels, self.targets_, self.control_), len(self.targets_))
-        module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ effects.n_cells, 1.0)))
+        labels, n_cells = np.unique(screen.labels[super()._train_mask()].astype(str), return_counts=True)
+        hits = multi_hot(encode(labels, self.targets_, self.control_), len(self.targets_))
+        module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ n_cells, 1.0)))
 
         control = int(np.flatnonzero(names == self.control_)[0])
         by_stratum = slice(len(names), None)
@@ -287,7 +300,10 @@ class _Factored(PerturbationModel):
         share = self._validated_shares(network, weight * residual, residual, splitter)
         weight = np.where(known, np.minimum(share[0] * weight + share[1], 1.0), 0.0)
         self.shrinkage_ = (weight * residual).astype(np.float32)
-        self.spread_ = np.sqrt(weight * np.where(known, se2, 0.0) + (1 - weight) * tau2).astype(np.float32)
+        # an estimate of zero does not say that the network is exact: what the moments cannot tell from zero stays
+        noise = np.where(known, se2, 0.0).sum(axis=0) / count
+        unsure = np.maximum(tau2, np.sqrt(2.0 / (count + prior_weight)) * noise)
+        self.spread_ = np.sqrt(weight * np.where(known, se2, 0.0) + (1 - weight) * unsure).astype(np.float32)
 
     def _validated_shares(
         self, network: np.ndarray, shrunken: np.ndarray, residual: np.ndarray, splitter: PerturbationSplitter

@@ -14,7 +14,7 @@ from .._checks import check_obs_key, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
-from ..data._effects import effects_in_strata, need_controls
+from ..data._effects import effects_in_strata, need_controls, std_errors_of
 from ..data._screen import CHUNK_ROWS
 from ..errors import ScpertError
 
@@ -98,9 +98,9 @@ def perturbation_effects(
     layer, scale
         Where the values are and what they are (``"counts"``, ``"log1p"``, ``"effects"``, ``"auto"``). For
         ``"effects"`` (rows are perturbations, already relative to control) nothing is subtracted, rows of one
-        label are averaged, and the standard error is the spread of the gene over all perturbations (its root
-        mean square, as most perturbations do not touch a gene), over the square root of the number of rows;
-        p-values are then normal.
+        label are averaged, and standard errors are those of ``layers["std_error"]``. Without that layer it is the spread
+        of the gene over all perturbations (its root mean square, as most perturbations do not touch a gene), over the
+        square root of the number of rows; p-values are then normal.
     library_size_key
         Column with the full library size, for small panels.
     covariate_keys
@@ -155,7 +155,10 @@ def perturbation_effects(
     if screen.scale == K.SCALE_EFFECTS:
         shift, error, n, control_mean = effects_of_table(screen, perturbations)
         freedom: np.ndarray | float = np.inf
+        told = K.STD_ERROR in screen.adata.layers
+        statistic = "standard errors of the table" if told else "spread over perturbations"
     else:
+        statistic = "welch"
         shift, error, freedom, n, control_mean = effects_of_cells(screen, perturbations, covariate_keys)
 
     zscore, pvals = welch(shift, error, freedom)
@@ -191,7 +194,7 @@ def perturbation_effects(
     out.var["control_mean"] = control_mean
     keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
     out.uns["effects"] = {
-        "statistic": "spread over perturbations" if screen.scale == K.SCALE_EFFECTS else "welch",
+        "statistic": statistic,
         "correction": "benjamini-hochberg over all perturbations and genes",
         "perturbation_key": perturbation_key,
         "control": control,
@@ -225,8 +228,13 @@ def effects_of_table(screen: Screen, perturbations: list[str]) -> tuple[np.ndarr
     moments = screen.moments(mask=~screen.is_control)
     order = pd.Index(moments.groups).get_indexer(pd.Index(perturbations))
     shift, n = moments.mean[order], moments.n[order]
-    error = table_spread(shift)[None, :] / np.sqrt(n)[:, None]
-    return shift, error, n, np.zeros(shift.shape[1])
+    errors = std_errors_of(screen.adata, np.flatnonzero(~screen.is_control))
+    if errors is None:
+        return shift, table_spread(shift)[None, :] / np.sqrt(n)[:, None], n, np.zeros(shift.shape[1])
+    row = pd.Index(perturbations).get_indexer(pd.Index(screen.labels[~screen.is_control]))
+    square = np.zeros(shift.shape)
+    np.add.at(square, row, errors.astype(np.float64) ** 2)
+    return shift, np.sqrt(square) / n[:, None], n, np.zeros(shift.shape[1])
 
 
 def table_spread(shift: np.ndarray) -> np.ndarray:

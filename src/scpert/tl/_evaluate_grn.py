@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
+from ..data._screen import cell_hashes
 from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
-from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects
-from ._grn import cell_hashes, infer_grn, problem_of
+from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, strata_of
+from ._grn import infer_grn, problem_of
 from ._grn_methods import composition_offset, perturbation_sign, scaled, total_effects
 from ._rank_sum import rank_sums
 
@@ -62,6 +64,7 @@ def evaluate_grn(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
     fdr: float = 0.05,
     n_cells: int | None = None,
     n_permutations: int = 100,
@@ -73,7 +76,7 @@ def evaluate_grn(
 
     **Interventions** (cells that the inference did not use). For every perturbed regulator :math:`i` and measured gene
     :math:`j \ne i` (its own knock-down is no edge) a Mann-Whitney test of :math:`x_j` under :math:`i` against the
-    controls; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
+    controls, within the strata of ``covariate_keys``; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
     strongest edges and :math:`C` all candidate pairs
 
     * ``precision``: share of positives in :math:`E`; ``recall``: share of the positives that is in :math:`E`;
@@ -104,6 +107,10 @@ def evaluate_grn(
         Numbers of edges; a network with fewer counts with all it has, and the baselines with as many.
     perturbation_key, control, layer, scale, library_size_key
         Of ``observed``; by default as in the inference.
+    covariate_keys
+        Columns of ``observed`` (batch, donor ...) within which cells are compared with controls; by default those of the
+        inference, ``[]`` for none. The tests are van Elteren's, the distances the mean of the strata's, by the cells of the
+        perturbation. The measures named after CausalBench never look at them.
     fdr
         Error rate that makes a pair positive.
     n_cells
@@ -131,7 +138,8 @@ def evaluate_grn(
     MissingKeyError
         If there is no such network.
     ScpertError
-        If there is nothing to judge by, held-out cells were used for the inference, or no regulator is in them.
+        If there is nothing to judge by, held-out cells were used for the inference, no regulator is in them, or a stratum
+        with perturbed cells has fewer than two controls.
 
     Examples
     --------
@@ -168,6 +176,8 @@ def evaluate_grn(
         "scale": scale,
         "library_size_key": library_size_key or str(parameters["library_size_key"]) or None,
     }
+    keys = parameters["covariate_keys"] if covariate_keys is None else np.atleast_1d(np.asarray(covariate_keys))
+    keys = [str(key) for key in np.atleast_1d(keys)]
     used = np.asarray(notes["cells"], dtype=np.uint64)
     own = np.isin(pd.util.hash_array(adata.obs_names.to_numpy(dtype=object)), used)
     observed = _held_out(adata, observed, own, used, reference, allow_same_cells, key)
@@ -175,7 +185,7 @@ def evaluate_grn(
 
     judges = []
     if observed is not None:
-        judges.append(_judge_interventions(observed, arguments, fdr, n_cells, composition, rng))
+        judges.append(_judge_interventions(observed, arguments, keys, fdr, n_cells, composition, rng))
     baselines = _baselines(adata, own, arguments, parameters)
     if reference is not None:
         judges.append(_judge_reference(reference, net, baselines, adata, arguments))
@@ -247,6 +257,7 @@ def _held_out(
 def _judge_interventions(
     observed: AnnData,
     arguments: dict[str, Any],
+    keys: list[str],
     fdr: float,
     n_cells: int | None,
     composition: bool,
@@ -259,6 +270,7 @@ def _judge_interventions(
     if screen.scale == K.SCALE_EFFECTS or screen.is_control.sum() < 2:
         found = total_effects(problem_of(screen, sorted(singles)))
         regulators, shift, pvals, plain = sorted(singles), found.shift, found.pvals, found.pvals
+        direction = found.sign
         distance: Any = lambda rows, columns: np.abs(shift[rows, columns])  # noqa: E731
         plain_distance = distance
     else:
@@ -279,24 +291,28 @@ def _judge_interventions(
             keep.append(mine)
             code.append(np.full(len(mine), i))
         groups = np.concatenate(code)
-        values = screen.rows(np.concatenate(keep))
-        _, plain = rank_sums(values, groups, len(regulators))
-        shift, error, _, _, _ = effects_of_cells(screen, screen.perturbations, None, cautious=True)
+        cells = np.concatenate(keep)
+        values, strata = screen.rows(cells), strata_of(screen.adata, keys)[0][cells]
+        everywhere = np.zeros_like(strata)
+        z, pvals = rank_sums(values, groups, len(regulators))
+        plain = 2.0 * special.ndtr(-np.abs(z))  # the normal approximation, as CausalBench has it
+        shift, error, _, _, _ = effects_of_cells(screen, screen.perturbations, keys, cautious=True)
         rows = pd.Index(screen.perturbations).get_indexer(pd.Index([singles[t] for t in regulators]))
-        shift, pvals = shift[rows], plain
-        distance = plain_distance = _Wasserstein(values.tocsc(), groups)
+        shift, error = shift[rows], error[rows]
+        distance = plain_distance = _Wasserstein(values.tocsc(), groups, everywhere)
         if composition:
-            offset, sensitivity = composition_offset(screen, shift, error[rows])
+            offset, sensitivity = composition_offset(screen, shift, error)
             shift = shift - offset[:, None] * sensitivity[None, :]
             values = scaled(values, np.exp(-np.concatenate([[0.0], offset]))[groups])
-            _, pvals = rank_sums(values, groups, len(regulators))
-            distance = _Wasserstein(values.tocsc(), groups)
+        if composition or strata.any():
+            _, pvals = rank_sums(values, groups, len(regulators), strata)
+            distance = _Wasserstein(values.tocsc(), groups, strata)
+        direction = perturbation_sign(shift, error, genes.get_indexer(pd.Index(regulators)))
     position = genes.get_indexer(pd.Index(regulators))
     measured = np.flatnonzero(position >= 0)
     candidate = np.ones((len(regulators), len(genes)), dtype=bool)
     candidate[measured, position[measured]] = False
     tested = np.where(candidate, pvals, np.nan)
-    direction = perturbation_sign(shift, position)
     return Judge(
         "interventions",
         regulators,
@@ -313,15 +329,23 @@ def _judge_interventions(
 class _Wasserstein:
     """1-Wasserstein distances of each gene in the groups of cells and in the controls, computed when a gene is asked for."""
 
-    def __init__(self, values: sparse.csc_matrix, groups: np.ndarray):
-        self.values, self.groups = values, groups
+    def __init__(self, values: sparse.csc_matrix, groups: np.ndarray, strata: np.ndarray):
+        self.values = values
         self.known = np.full((int(groups.max()), values.shape[1]), np.nan)
+        self.parts = []  # of each stratum: controls, cells, their groups without gaps, these groups, their share of all their cells
+        n = np.bincount(groups)
+        for s in np.unique(strata[groups > 0]):
+            own, control = np.flatnonzero((strata == s) & (groups > 0)), np.flatnonzero((strata == s) & (groups == 0))
+            there, dense_code = np.unique(groups[own], return_inverse=True)
+            share = np.bincount(dense_code.reshape(-1)) / n[there]
+            self.parts.append((control, own, dense_code.reshape(-1), there - 1, share))
 
     def __call__(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        own = self.groups > 0
         for gene in np.unique(columns[np.isnan(self.known[rows, columns])]):
             dense = self.values[:, [gene]].toarray().ravel().astype(np.float64)
-            self.known[:, gene] = wasserstein(dense[own], self.groups[own] - 1, dense[~own])
+            self.known[:, gene] = 0.0
+            for control, own, code, there, share in self.parts:
+                self.known[there, gene] += share * wasserstein(dense[own], code, dense[control])
         out: np.ndarray = self.known[rows, columns]
         return out
 
@@ -415,7 +439,10 @@ def _baselines(
         return pd.DataFrame({K.SOURCE: sources, K.TARGET: targets, K.WEIGHT: np.nan_to_num(values).ravel()})
 
     shift = np.asarray(effects.X)
-    sign = perturbation_sign(shift, effects.var_names.get_indexer(effects.obs_names))[:, None]
+    error = np.asarray(effects.layers[K.STD_ERROR])
+    if effects.uns["effects"]["statistic"] == "spread over perturbations":  # swollen by the effects themselves
+        error = 1.4826 * np.median(np.abs(shift), axis=0)
+    sign = perturbation_sign(shift, error, effects.var_names.get_indexer(effects.obs_names))[:, None]
     out = {"effect_size": ranked(sign * shift), "zscore": ranked(sign * np.asarray(effects.layers[K.ZSCORE]))}
     measured = [p for p in effects.obs_names if p in set(adata.var_names)]
     if measured:

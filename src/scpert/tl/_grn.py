@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import (
+    as_mask,
     check_choice,
     check_fraction,
     check_net,
@@ -24,9 +25,10 @@ from .._checks import (
     suggest,
 )
 from ..data import Screen, parse
+from ..data._screen import cell_hashes
 from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
-from ._effects import benjamini_hochberg
+from ._effects import benjamini_hochberg, strata_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -150,17 +152,20 @@ def infer_grn(
         A net (``source, target`` and optional ``weight``) as soft weights: its edges need less evidence,
         none is excluded.
     prior_strength
-        How much: an edge of the prior counts ``1 + prior_strength * |weight| / max |weight|`` times.
+        How much: an edge of the prior counts ``1 + prior_strength * |weight| / max |weight|`` times: its weight, or, with
+        ``"interventional"``, its p-value (relative to the mean over all pairs, in the error rate and in the ranking).
     observational
         Samples without a known perturbation, used by ``"sparse_inverse"``, ``"ridge"``, ``"boosting"`` and
         ``"correlation"``: labels of ``adata.obs[perturbation_key]``, a boolean column of obs, a boolean mask, or
-        another AnnData with the same genes on the same scale. They are never taken for a perturbation.
+        another AnnData with the same genes on the same scale (``layer`` and ``library_size_key`` are read in it, too).
+        They are never taken for a perturbation.
     split_key
         Column of the split: only ``train`` cells (and ``val``) are used.
     fdr
         Error rate of ``"interventional"``; other methods rank, and write their strongest edges.
     n_edges
-        Write exactly so many edges, the strongest (fewer, if fewer are not zero). Default: for
+        Write exactly so many edges of measured regulators, the strongest (fewer, if fewer are not zero); edges of regulators
+        that are not measured (enhancers) stand beside them if they are as strong. Default: for
         ``"interventional"`` all that pass ``fdr``, for ``"gpovae"`` those with a mask probability above 0.5, for the
         others 10 per measured gene and at most half of the candidate pairs.
     threshold
@@ -176,8 +181,8 @@ def infer_grn(
     regulator's: positive where less of it means less of the target in a knock-down screen, i.e. signs follow the
     *activity* of the regulator; the absolute weight ranks the edges) and ``uns[key_added]``: ``method``,
     ``parameters``, ``unmeasured_regulators``, ``unmeasured_edges`` (their edges, a net), ``edges`` (further
-    columns of the edges), ``cells`` (hashes of the cells used, so that :func:`scpert.tl.evaluate_grn` can refuse
-    to judge on them).
+    columns of the edges), ``cells`` (hashes of the cells used, of ``model`` those that it was trained on, so that
+    :func:`scpert.tl.evaluate_grn` can refuse to judge on them).
 
     Raises
     ------
@@ -186,7 +191,8 @@ def infer_grn(
     UnknownTargetError
         If ``regulators`` holds a name that is neither perturbed nor measured.
     ScpertError
-        If there is no regulator, no perturbation, an option is unknown, or the prior shares no gene with the data.
+        If there is no regulator, no perturbation, an option is unknown, the prior shares no gene with the data, or
+        ``uns[key_added]`` holds something else than a network.
 
     Examples
     --------
@@ -208,6 +214,11 @@ def infer_grn(
         raise ScpertError("Give n_edges= or threshold=, not both.")
     if not isinstance(key_added, str) or not key_added:
         raise ScpertError(f"key_added={key_added!r}: give the name of a network, such as 'grn'.")
+    there = adata.uns.get(key_added)
+    if there is not None and key_added not in adata.varp and not (isinstance(there, Mapping) and "cells" in there):
+        raise ScpertError(
+            f"adata.uns[{key_added!r}] is there and no network: key_added= would overwrite it. Choose another name, or delete it."
+        )
     keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
 
     parameters: dict[str, Any] = {
@@ -225,21 +236,46 @@ def infer_grn(
         "prior_strength": float(prior_strength) if prior is not None else 0.0,
         **{name: value for name, value in options.items() if isinstance(value, str | int | float | bool)},
     }
+    used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
+    if isinstance(model, type):
+        raise ScpertError(
+            f"model={model.__name__} is a class; give a trained model, {model.__name__}(adata) after train()."
+        )
     read_out = method == "gpovae" and type(model).__name__ == "GPOVAE"
     if read_out:
         options = {**options, "model": model}
+    seen = cell_hashes(adata.obs_names[used])
     if model is not None and not read_out:
-        given = {"prior": prior, "observational": observational, "regulators": regulators, **options}
+        given = {
+            "prior": prior,
+            "observational": observational,
+            "regulators": regulators,
+            "method": None if method == METHODS[0] else method,
+            "n_jobs": n_jobs,
+            **options,
+        }
         if ignored := [name for name, value in given.items() if value is not None]:
             raise ScpertError(
                 f"{listing(ignored)}: with model={type(model).__name__} the network is taken as the model has it. Leave them "
                 "out, or leave model= out."
             )
-        used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
+        strata_of(adata, keys)  # says what is wrong with them
         net, found_scale = _net_of_model(model, adata), "model"
-        if check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation":
-            cells = adata if used.all() else adata[used]
-            net = _by_activity(net, cells, perturbation_key, control, layer, scale, library_size_key)
+        turned = check_choice("model.grn_sign", getattr(model, "grn_sign", "activity"), _SIGNS) == "perturbation"
+        if turned:
+            screen = Screen(
+                adata if used.all() else adata[used],
+                perturbation_key=perturbation_key,
+                control=control,
+                layer=layer,
+                scale=scale,
+                library_size_key=library_size_key,
+                allowed=K.SCALES,
+            )
+            net = _by_activity(net, screen, keys)
+        learned = getattr(model, "cells_", None)
+        if learned is not None:  # the cells that it was trained on, and these if they gave the signs
+            seen = np.union1d(learned, seen) if turned else learned
         method = f"model {type(model).__name__}"
         names, columns, notes = _net_to_arrays(net), {}, {}
         source, target, weight = names
@@ -247,8 +283,13 @@ def infer_grn(
         columns = {c: net[c].to_numpy() for c in extra}
         source, target, weight, columns = _select(source, target, weight, columns, None, n_edges, threshold, adata)
     else:
-        used = np.ones(adata.n_obs, dtype=bool) if split_key is None else _training_cells(adata, split_key)
         observed, extra_samples = _observational(adata, observational, perturbation_key, control)
+        if (used & ~observed).sum() == 0:
+            raise ScpertError(
+                f"observational= is all of the {int(used.sum())} cells used: none is left with a perturbation or as a control."
+            )
+        if read_out and getattr(model, "cells_", None) is not None:
+            seen = np.union1d(seen, model.cells_)
         problem = _problem(
             adata,
             used & ~observed,
@@ -277,7 +318,7 @@ def infer_grn(
         del scores, problem  # dense (regulator, gene) arrays
 
     out = writable(adata, copy)
-    _write(out, key_added, method, {**parameters, "scale": found_scale}, notes, source, target, weight, columns, used)
+    _write(out, key_added, method, {**parameters, "scale": found_scale}, notes, source, target, weight, columns, seen)
     return out if copy else None
 
 
@@ -312,10 +353,11 @@ def _observational(
         return none, observational[:, adata.var_names]
     if isinstance(observational, str) and observational in adata.obs.columns:
         column = adata.obs[observational]
-        if column.dtype != bool:
+        if (mask := as_mask(column, f"observational={observational!r}")) is None:
             raise ScpertError(f"observational={observational!r}: adata.obs has that column, but it is not boolean.")
-        return column.to_numpy(), None
-    values = np.asarray([observational] if isinstance(observational, str) else observational)
+        return mask, None
+    mask = as_mask(observational, "observational=")
+    values = np.asarray([observational] if isinstance(observational, str) else observational) if mask is None else mask
     if values.dtype == bool:
         if values.shape != (adata.n_obs,):
             raise ScpertError(f"observational=: the mask has shape {values.shape}, adata has {adata.n_obs} rows.")
@@ -377,9 +419,10 @@ def _problem(
     if extra is not None:
         labelled = extra.copy()
         labelled.obs[perturbation_key] = control
-        rows = Screen(
-            labelled, control=control, scale=screen.scale, allowed=K.SCALES, perturbation_key=perturbation_key
-        )
+        try:
+            rows = Screen(labelled, control=control, scale=screen.scale, allowed=K.SCALES, **arguments)
+        except ScpertError as error:
+            raise type(error)(f"observational=, which is read as adata is: {error}") from error
         samples.append(rows.rows(np.arange(rows.n_cells)))
 
     if not screen.perturbations:
@@ -489,7 +532,7 @@ def _why_none(method: str, asked: Sequence[str] | None, perturbed: list[str], pe
     )
 
 
-def problem_of(screen: Screen, regulators: list[str]) -> Problem:
+def problem_of(screen: Screen, regulators: list[str], covariate_keys: Sequence[str] = ()) -> Problem:
     """The problem of measuring effects only."""
     return Problem(
         screen=screen,
@@ -497,7 +540,7 @@ def problem_of(screen: Screen, regulators: list[str]) -> Problem:
         genes=screen.genes,
         cells=np.ones(screen.n_cells, dtype=bool),
         observational=None,
-        covariate_keys=[],
+        covariate_keys=list(covariate_keys),
         prior=None,
         statistic="welch",
         fdr=0.05,
@@ -545,35 +588,16 @@ def _net_of_model(model: Any, adata: AnnData) -> pd.DataFrame:
     return net
 
 
-def _by_activity(
-    net: pd.DataFrame,
-    adata: AnnData,
-    perturbation_key: str,
-    control: str,
-    layer: str | None,
-    scale: str,
-    library_size_key: str | None,
-) -> pd.DataFrame:
+def _by_activity(net: pd.DataFrame, screen: Screen, covariate_keys: list[str]) -> pd.DataFrame:
     """Weights under the perturbation turned into signs of the regulator's activity."""
-    from ._effects import perturbation_effects
-    from ._grn_methods import perturbation_sign
+    from ._grn_methods import total_effects
 
-    effects = perturbation_effects(
-        adata,
-        perturbation_key=perturbation_key,
-        control=control,
-        layer=layer,
-        scale=scale,
-        library_size_key=library_size_key,
-    )
     # all single perturbations vote on the direction of those that are not measured, whether they have edges or not
-    single = np.array([len(parse(label, control)) == 1 for label in effects.obs_names])
-    singles = effects.obs_names[single]
-    sources = singles.union(pd.Index(net[K.SOURCE].astype(str).unique()))
-    row = singles.get_indexer(sources)
-    position = np.where(row >= 0, adata.var_names.get_indexer(sources), -1)  # not perturbed singly: as the others
-    sign = pd.Series(perturbation_sign(np.asarray(effects.X)[single][row], position), index=sources)
-    return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * sign[net[K.SOURCE].astype(str)].to_numpy()})
+    singles = sorted({t[0] for p in screen.perturbations if len(t := parse(p, screen.control)) == 1})
+    measured = total_effects(problem_of(screen, singles, covariate_keys)).sign
+    usual = 1.0 if measured.sum() > 0 else -1.0
+    sign = pd.Series(measured, index=singles).reindex(net[K.SOURCE].astype(str)).fillna(usual)
+    return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * sign.to_numpy()})
 
 
 def _net_to_arrays(net: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -632,7 +656,13 @@ def _edges(
     if limit is None and threshold is None and scores.keep is None:
         limit = max(1, min(candidates // 2, EDGES_PER_GENE * len(problem.genes)))
     if limit is not None:
-        chosen = _strongest(strength, int(limit))
+        # edges of measured regulators are counted; those of others as strong as these stand beside them
+        own = position[row] >= 0
+        counted = np.flatnonzero(own) if own.any() else np.arange(len(row))
+        chosen = counted[_strongest(strength[counted], int(limit))]
+        if own.any():
+            bar = np.abs(strength[chosen]).min(initial=np.inf) if len(counted) > int(limit) else 0.0
+            chosen = np.sort(np.concatenate([chosen, np.flatnonzero(~own & (np.abs(strength) >= bar))]))
         row, column = row[chosen], column[chosen]
     names, genes = np.asarray(problem.regulators, dtype=object), problem.genes.to_numpy(dtype=object)
     columns = {name: values[row, column] for name, values in scores.columns.items()}
@@ -649,7 +679,7 @@ def _write(
     target: np.ndarray,
     weight: np.ndarray,
     columns: dict[str, np.ndarray],
-    used: np.ndarray,
+    seen: np.ndarray,
 ) -> None:
     row, column = adata.var_names.get_indexer(pd.Index(source)), adata.var_names.get_indexer(pd.Index(target))
     inside = row >= 0
@@ -678,24 +708,13 @@ def _write(
         "unmeasured_regulators": np.asarray([*unmeasured, *without_edges], dtype=object).astype(str),
         "unmeasured_edges": table[~inside].reset_index(drop=True),
         "n_edges": int(matrix.nnz),
-        "cells": cell_hashes(adata.obs_names[used]),
+        "cells": seen,
         **notes,
     }
     if columns and len(table) <= _MAX_TABLE:
         result["edges"] = table[inside].drop(columns=K.WEIGHT).reset_index(drop=True)
     adata.varp[key] = matrix
     adata.uns[key] = result
-
-
-def cell_hashes(names: pd.Index) -> np.ndarray:
-    """Sorted 64-bit hashes of cell names."""
-    parts = [
-        pd.util.hash_array(names[start : start + 8192].to_numpy(dtype=object), categorize=False)
-        for start in range(0, len(names), 8192)
-    ]
-    out = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
-    out.sort()
-    return out
 
 
 # ---------------------------------------------------------------------------------------------- error rate
@@ -705,7 +724,11 @@ def weighted_bh(pvals: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Benjamini-Hochberg; with prior weights that of Genovese, Roeder and Wasserman (2006): p / w, mean w = 1."""
     if weights is None:
         return benjamini_hochberg(pvals)
-    tested = np.isfinite(pvals)
+    return benjamini_hochberg(np.minimum(pvals / prior_factor(pvals, weights), 1.0))
+
+
+def prior_factor(pvals: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """How many times each p-value counts, 1 in the mean of those tested."""
     factor = 1.0 + weights
-    factor = factor / factor[tested].mean()
-    return benjamini_hochberg(np.minimum(pvals / factor, 1.0))
+    scaled: np.ndarray = factor / factor[np.isfinite(pvals)].mean()
+    return scaled

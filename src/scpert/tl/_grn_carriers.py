@@ -153,7 +153,7 @@ def weighted_effects(
         s_i^2 = v_i \frac{\sum_c w_c^2}{(\sum_c w_c)^2} + \sum_s \omega_{is}^2 \frac{v_{cs}}{n_{cs}}
 
     with the share :math:`\omega_{is}` of the weights in stratum :math:`s`; the weighted variance :math:`v_i` counts at least as
-    much as that of the controls.
+    much as that of the controls, and theirs at least as much as :math:`v_i`.
 
     Returns
     -------
@@ -184,6 +184,8 @@ def weighted_effects(
     spread = variance[n:] * (n_controls / np.maximum(n_controls - 1, 1))[:, None]
     omega = within[:n] / np.maximum(all_weights[:n], 1e-12)[:, None]
     own = np.maximum(variance[:n], omega @ spread) * (power[:n] / np.maximum(all_weights[:n], 1e-12) ** 2)[:, None]
-    error = np.sqrt(own + omega**2 @ (spread / np.maximum(n_controls, 1)[:, None]))
+    for s, count in enumerate(n_controls):
+        own += (omega[:, s] ** 2 / max(count, 1))[:, None] * np.maximum(spread[s], variance[:n])
+    error = np.sqrt(own)
     share = all_weights[:n] / np.maximum(np.bincount(code[code >= 0], minlength=n), 1)
     return (mean[:n] - omega @ mean[n:]).astype(np.float32), error.astype(np.float32), share

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
+from scipy import sparse, special
 
 from .. import _keys as K
 from .._checks import check_choice, listing
+from ..data._effects import std_errors_of
 from ..errors import ScaleError, ScpertError
 from ._effects import effects_of_cells, strata_of, table_spread, welch
-from ._grn import Scores, weighted_bh
+from ._grn import Scores, prior_factor, weighted_bh
 from ._grn_carriers import carrier_weights, weighted_effects
 
 if TYPE_CHECKING:
@@ -55,17 +56,18 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
 
     Cells: Welch's statistics with two cautions. Counts are compositions: if a perturbation lowers strong genes, all
     others rise in CP10k. The offset that most genes share (weighted median over genes of shift over sensitivity, the
-    mean of ``1 - exp(-x)`` over controls, which is how ``log1p`` responds to a factor) is taken out. And the variance
-    of the perturbed cells counts at least as much as the controls': few cells that happen to agree are no evidence.
+    mean of ``1 - exp(-x)`` over controls, which is how ``log1p`` responds to a factor) is taken out. And the variances of
+    the perturbed cells and of the controls both count as the larger of the two: few cells that happen to agree are no evidence.
 
     With ``carriers`` (rankings) each cell counts as far as it carries its perturbation, by the counts of its target
     (:func:`carrier_weights`), if that explains them better. Not for tests: a cell with little of the target may have little
     of what goes with it for other reasons.
 
-    Tables (effects, or profiles without replicates): rows of one label are added, weighted by how far they moved
-    their own target. Edges are ranked by the shift over the root mean square of the gene over the perturbations (a gene that
-    many perturbations move must move more); p-values are normal and take 1.4826 times the median absolute shift, which
-    a minority of real effects does not swell.
+    Tables: effects are taken as they are, but for the noise of the control in all of them (:func:`_reference_error`); of profiles
+    without replicates the median of each gene is subtracted. Rows of one label are added, weighted by how far they moved their own
+    target. Where a table of effects has standard errors, these are the errors, and nothing is subtracted. Otherwise edges are
+    ranked by the shift over the root mean square of the gene over the perturbations (a gene that many perturbations move must move
+    more); p-values are normal and take 1.4826 times the median absolute shift, which a minority of real effects does not swell.
     """
     screen = problem.screen
     if screen.scale != K.SCALE_EFFECTS and screen.is_control.sum() > 1:
@@ -94,7 +96,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             zscore,
             pvals,
             error,
-            perturbation_sign(shift, problem.position),
+            perturbation_sign(shift, error, problem.position),
             offset,
             share,
         )
@@ -107,7 +109,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
         zscore,
         pvals,
         noise,
-        perturbation_sign(shift, problem.position),
+        perturbation_sign(shift, noise, problem.position),
         np.zeros(len(shift)),
         np.ones(len(shift)),
     )
@@ -132,7 +134,8 @@ def composition_offset(screen: Screen, shift: np.ndarray, error: np.ndarray) -> 
 
 def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     screen = problem.screen
-    if screen.scale != K.SCALE_EFFECTS:
+    given = screen.scale == K.SCALE_EFFECTS
+    if not given:
         logger.warning(
             "There are fewer than two control cells: the reference of each gene is its median over all rows, "
             "and its spread over the perturbations is the error."
@@ -149,11 +152,17 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
         logger.warning(
             "%s: many rows, no measured gene; if they are observational, say observational=.", listing(crowded)
         )
-    values -= np.median(values[typical], axis=0)  # most perturbations do not touch a gene
-    spread = 1.4826 * np.median(np.abs(values[typical]), axis=0)
+    errors = std_errors_of(screen.adata, rows) if given else None
+    if errors is None:
+        off_target = values[typical].copy()
+        own = np.where(label[typical] >= 0, position[label[typical]], -1)
+        off_target[np.flatnonzero(own >= 0), own[own >= 0]] = np.nan
+        values -= _reference_error(off_target) if given else np.median(values[typical], axis=0)
+    spread = 1.4826 * np.median(np.abs(values[typical]), axis=0)  # most perturbations do not touch a gene
     spread = np.where(spread > 0, spread, np.sqrt(np.mean(values[typical] ** 2, axis=0)))
     shift = np.zeros((len(problem.regulators), len(problem.genes)))
     length = np.zeros(len(problem.regulators))
+    told = np.zeros_like(shift)
     for r in range(len(problem.regulators)):
         mine = np.flatnonzero(label == r)
         weight = np.ones(len(mine))
@@ -163,24 +172,79 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
             weight /= weight.max()
         length[r] = np.sqrt((weight**2).sum())
         shift[r] = weight @ values[mine] / length[r] ** 2
+        if errors is not None:
+            told[r] = np.sqrt(weight**2 @ errors[mine] ** 2) / length[r] ** 2
+    if errors is not None:
+        return shift, told, told
     # in units of one full-strength row
     usual = position >= 0 if (position >= 0).sum() >= 3 else np.ones(len(position), dtype=bool)
     error = table_spread((shift * length[:, None])[usual])[None, :] / length[:, None]
     return shift, error, spread[None, :] / length[:, None]
 
 
-def perturbation_sign(shift: np.ndarray, position: np.ndarray) -> np.ndarray:
+#: Rows that a table of effects must have before they tell what the reference was off by.
+_REFERENCE_ROWS = 20
+
+
+def _reference_error(values: np.ndarray) -> np.ndarray:
+    r"""What the control that was subtracted from a table of effects was off by ``(gene,)``, the same in all of its rows.
+
+    .. math:: m_j \sim N\Big(0, \big(\omega^2 + \tfrac{\pi}{2n}\big) v_j\Big), \qquad
+        \hat c_j = \frac{\omega^2}{\omega^2 + \pi/2n}\, m_j
+
+    for the median :math:`m_j` of a gene over :math:`n` rows and the variance :math:`v_j` of its values around it: the noise of the
+    control has :math:`\omega^2` times the variance of a row, at most 1 (a control that was one row), by the median of
+    :math:`m_j^2 / v_j` over genes. What is beyond three standard deviations is no noise but an effect of most perturbations and
+    stays. A control of many cells has next to none, and few rows do not tell (0).
+
+    Parameters
+    ----------
+    values
+        ``(row, gene)``, NaN in each row's own target.
+    """
+    n = len(values)
+    positive, negative = (values > 0).mean(), (values < 0).mean()
+    if n >= 10 and max(positive, negative) > 0.95:
+        logger.warning(
+            "scale='effects', but %.0f %% of the values have the same sign: profiles, not relative to a control. Their reference is "
+            "the median of each gene over the rows. Subtract a control, or add its profile as a row, to choose another.",
+            100 * max(positive, negative),
+        )
+        middle: np.ndarray = np.nanmedian(values, axis=0)
+        return middle
+    if n < _REFERENCE_ROWS:
+        return np.zeros(values.shape[1])
+    middle = np.nanmedian(values, axis=0)
+    deviation = 1.4826 * np.nanmedian(np.abs(values - middle), axis=0)
+    varies = deviation > 0
+    if not varies.any():
+        return np.zeros_like(middle)
+    of_median = np.pi / (2 * n)
+    noise = np.clip(np.median((middle[varies] / deviation[varies]) ** 2) / 0.4549 - of_median, 0.0, 1.0)
+    limit = 3.0 * np.sqrt(noise) * deviation
+    out: np.ndarray = noise / (noise + of_median) * middle * (np.abs(middle) <= limit)
+    return out
+
+
+#: Standard errors that a regulator must move itself before its own shift tells the direction of its perturbation.
+_CLEAR = 3.0
+
+
+def perturbation_sign(shift: np.ndarray, error: np.ndarray, position: np.ndarray) -> np.ndarray:
     """-1 for a regulator that its perturbation lowers, +1 for one that it raises ``(regulator,)``.
 
-    Of an unmeasured regulator (``position`` -1), or one that did not move, the majority of the others decides; -1 where
-    there is none.
+    A regulator that did not clearly move itself (within three standard errors ``error``, as ``shift`` ``(regulator, gene)``, or
+    unmeasured, ``position`` -1: its own shift is noise) takes the direction of the majority of those that did, without any of these
+    of all that moved; -1 where there is none.
     """
-    own = np.full(len(position), np.nan)
+    own, noise = np.full(len(position), np.nan), np.full(len(position), np.nan)
     measured = np.flatnonzero(position >= 0)
     own[measured] = shift[measured, position[measured]]
+    noise[measured] = np.broadcast_to(error, shift.shape)[measured, position[measured]]
     moved = np.isfinite(own) & (own != 0)
-    usual = 1.0 if np.sign(own[moved]).sum() > 0 else -1.0
-    return np.where(moved, np.sign(own), usual)
+    clear = moved & (np.abs(own) > _CLEAR * noise)
+    usual = 1.0 if np.sign(own[clear if clear.any() else moved]).sum() > 0 else -1.0
+    return np.where(clear, np.sign(own), usual)
 
 
 def scaled(values: sparse.csr_matrix, factor: np.ndarray) -> sparse.csr_matrix:
@@ -200,6 +264,11 @@ def interventional(problem: Problem) -> Scores:
     found.pvals[own, position[own]] = np.nan  # a target's own change is not tested
     adjusted = weighted_bh(found.pvals, problem.prior)
     weight = np.nan_to_num(found.zscore, copy=False)
+    if problem.prior is not None:  # the ranking looks at the same weighted p-values as the error rate
+        counted = np.clip(found.pvals / prior_factor(found.pvals, problem.prior), 1e-300, 1.0 - 1e-6)
+        with np.errstate(invalid="ignore"):
+            weight *= special.ndtri(counted / 2) / special.ndtri(np.clip(found.pvals, 1e-300, 1.0 - 1e-6) / 2)
+        np.nan_to_num(weight, copy=False)
     weight *= found.sign[:, None].astype(weight.dtype)
     return Scores(
         weight,
@@ -616,11 +685,13 @@ def rank_effects(problem: Problem, found: Evidence) -> Evidence:
         raise ScpertError(
             "statistic='rank' needs cells of every perturbation and of the control; use statistic='welch'."
         )
-    if problem.covariate_keys:
-        raise ScpertError("statistic='rank' does not compare within covariate_keys; use statistic='welch'.")
     code = pd.Index([screen.control, *problem.regulators]).get_indexer(pd.Index(screen.labels))
     used = np.flatnonzero(code >= 0)
     values = screen.rows(used)
     values = scaled(values, np.exp(-np.concatenate([[0.0], found.offset]))[code[used]])
-    z, pvals = rank_sums(values, code[used], len(problem.regulators))
-    return replace(found, zscore=z, pvals=pvals)
+    strata, _ = strata_of(screen.adata, problem.covariate_keys or None)
+    z, pvals = rank_sums(values, code[used], len(problem.regulators), strata[used])
+    # ranked by the p-value, as a normal would have it
+    return replace(
+        found, zscore=np.sign(z) * np.where(pvals > 1e-300, -special.ndtri(pvals / 2), np.abs(z)), pvals=pvals
+    )

@@ -13,12 +13,12 @@ import pandas as pd
 from scipy import sparse, stats
 
 from .. import _keys as K
-from .._checks import check_obs_key, check_seed, check_whole, listing
+from .._checks import as_mask, check_obs_key, check_seed, check_whole, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, canonical, join, parse
-from ..errors import ScpertError
-from ._effects import benjamini_hochberg, perturbation_effects
+from ..errors import ScpertError, UnknownTargetError
+from ._effects import benjamini_hochberg, perturbation_effects, strata_of
 
 __all__ = ["rank_perturbations"]
 
@@ -45,6 +45,7 @@ def rank_perturbations(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
     random_state: int = 0,
 ) -> pd.DataFrame:
     r"""Rank single and double perturbations by how close to a goal state they bring cells from a start.
@@ -97,6 +98,9 @@ def rank_perturbations(
         that differ by their targets; ``False`` where the state of the targets is itself part of the goal.
     {labels}
     {values}
+    covariate_keys
+        Columns of obs (batch, donor ...): goal cells are compared with start cells of their own stratum, and measured effects
+        likewise. Without a start cell in the stratum of a goal cell there is no such comparison (an error).
     random_state
         Seed of the model's prediction.
 
@@ -131,6 +135,7 @@ def rank_perturbations(
                 "The model was loaded without data: give cells too, rank_perturbations(adata, model, ...)."
             )
     check_whole("n_doubles", n_doubles)
+    keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
     arguments: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
     if model is not None and getattr(model, "adata", None) is adata and hasattr(model, "setup_args_"):
         # its own data are read as it was told to; what is said here comes first
@@ -148,12 +153,12 @@ def rank_perturbations(
     )
     source: _Measured | _Predicted
     if model is None or hasattr(model, "var_names"):
-        source = _Measured(screen, model, arguments)
+        source = _Measured(screen, model, arguments, keys)
     else:
         source = _Predicted(model, control, random_state)
         if start is None and not _is_shift(goal):
             start = _held_out_controls(screen, model)
-    way = _direction(screen, goal, start, groupby or perturbation_key)
+    way = _direction(screen, goal, start, groupby or perturbation_key, strata_of(screen.adata, keys)[0])
     if isinstance(source, _Predicted) and start is None:
         _warn_of_shared_controls(way, type(model).__name__)
     genes = screen.genes.intersection(source.genes, sort=False)
@@ -193,31 +198,31 @@ class _Way:
 
     shift: np.ndarray  # (gene,)
     variance: np.ndarray  # of the means of goal and start (2, gene)
-    share: tuple[pd.Series, pd.Series] | None = None  # of the cells of each label that are in the goal, in the start
+    weights: tuple[np.ndarray, np.ndarray] | None = None  # of the screen's cells in the two means (cell,)
 
     def take(self, index: np.ndarray) -> _Way:
         return replace(self, shift=self.shift[index], variance=self.variance[:, index])
 
-    def shared(self, parts: list[str], control: str) -> np.ndarray:
-        """Covariance of the errors of the way and of the effects of ``parts``, summed ``(gene,)``.
+    def shared(self, effect: np.ndarray) -> np.ndarray:
+        """Covariance of the errors of the way and of an effect, which is the sum of the cells times ``effect`` ``(gene,)``.
 
-        The means of n and m cells, k of them the same, have the covariance v k / (n m): the share k / n of the
-        variance v / m.
+        Two weighted means of cells with the variance v have the covariance v times the sum of the products of their weights; for
+        n and m cells, k of them the same, v k / (n m).
         """
         out = np.zeros_like(self.shift)
-        if self.share is not None:
-            for share, variance, sign in zip(self.share, self.variance, (1, -1), strict=True):
-                common = sum(share.get(part, 0.0) - share.get(control, 0.0) for part in parts)
-                out += sign * common * variance
+        if self.weights is not None:
+            for weight, variance, sign in zip(self.weights, self.variance, (1, -1), strict=True):
+                if power := float(weight @ weight):
+                    out += sign * float(weight @ effect) / power * variance
         return out
 
 
 def _is_shift(goal: Any) -> bool:
     """A Series of genes; a boolean one is a mask of cells, as ``adata.obs[...] == value`` gives it."""
-    return isinstance(goal, pd.Series) and goal.dtype != bool
+    return isinstance(goal, pd.Series) and not pd.api.types.is_bool_dtype(goal.dtype)
 
 
-def _direction(screen: Screen, goal: Any, start: Any, groupby: str) -> _Way:
+def _direction(screen: Screen, goal: Any, start: Any, groupby: str, strata: np.ndarray) -> _Way:
     if _is_shift(goal):
         known = goal.index.intersection(screen.genes)
         if not len(known):
@@ -231,16 +236,46 @@ def _direction(screen: Screen, goal: Any, start: Any, groupby: str) -> _Way:
             logger.warning("goal=: %d of %d genes are not measured.", len(goal) - len(known), len(goal))
         wanted = values.reindex(screen.genes).fillna(0.0).to_numpy(dtype=np.float64)  # what is not named is to stay
         return _Way(wanted, np.zeros((2, len(wanted))))
-    mean, variance, share = [], [], []
-    for name, what in (("goal", goal), ("start", start)):
-        values, mask = _cells(screen, name, what, groupby)
-        m = np.asarray(values.mean(axis=0)).ravel().astype(np.float64)
-        square = np.asarray(values.multiply(values).mean(axis=0)).ravel().astype(np.float64)
-        n = values.shape[0]
-        mean.append(m)
-        variance.append(np.maximum(square - m**2, 0.0) / max(n - 1, 1))
-        share.append(pd.Series(mask, dtype=float).groupby(screen.labels).mean())
-    return _Way(mean[0] - mean[1], np.stack(variance), (share[0], share[1]))
+    (goal_cells, goal_mask), (start_cells, start_mask) = (
+        _cells(screen, name, what, groupby) for name, what in (("goal", goal), ("start", start))
+    )
+    if strata.any() and not (goal_mask.any() and start_mask.any()):
+        raise ScpertError("covariate_keys= compares cells of adata: goal= and start= must be among them.")
+    goal_strata = strata[goal_mask] if strata.any() else np.zeros(goal_cells.shape[0], dtype=np.int64)
+    start_strata = strata[start_mask] if strata.any() else np.zeros(start_cells.shape[0], dtype=np.int64)
+    # each goal cell beside the start cells of its stratum
+    share = np.bincount(goal_strata, minlength=int(strata.max(initial=0)) + 1) / len(goal_strata)
+    there = np.bincount(start_strata, minlength=len(share))
+    if lost := np.flatnonzero((share > 0) & (there == 0)).tolist():
+        raise ScpertError(
+            f"{len(lost)} stratum/strata of covariate_keys= hold goal cells but no cell to start from: drop these cells, give other "
+            "start= cells, or leave the covariate out."
+        )
+    start_weight = (share / np.maximum(there, 1))[start_strata]
+    goal_weight = np.full(len(goal_strata), 1 / len(goal_strata))
+    shift, variance, weights = np.zeros(len(screen.genes)), [], []
+    for values, mask, weight, stratum, sign in (
+        (goal_cells, goal_mask, goal_weight, goal_strata, 1.0),
+        (start_cells, start_mask, start_weight, start_strata, -1.0),
+    ):
+        shift += sign * (weight @ values)
+        variance.append(_spread(values, stratum) * float(weight @ weight))
+        weights.append(np.zeros(screen.n_cells))
+        if mask.any():
+            weights[-1][mask] = weight
+    return _Way(shift, np.stack(variance), (weights[0], weights[1]))
+
+
+def _spread(values: sparse.csr_matrix, stratum: np.ndarray) -> np.ndarray:
+    """Variance of each gene over cells, pooled within strata ``(gene,)``."""
+    total, freedom = np.zeros(values.shape[1]), 0
+    for s in np.unique(stratum):
+        some = values[stratum == s].astype(np.float64)
+        mean = np.asarray(some.mean(axis=0)).ravel()
+        total += np.asarray(some.multiply(some).sum(axis=0)).ravel() - some.shape[0] * mean**2
+        freedom += some.shape[0] - 1
+    out: np.ndarray = np.maximum(total, 0.0) / max(freedom, 1)
+    return out
 
 
 def _held_out_controls(screen: Screen, model: Any) -> np.ndarray | None:
@@ -290,11 +325,10 @@ def _cells(screen: Screen, name: str, what: Any, groupby: str) -> tuple[sparse.c
             library_size_key=screen.library_size_key,
         )
         return rows.rows(np.arange(rows.n_cells)), none
-    values = np.asarray(what)
-    if values.dtype == bool:
-        if values.shape != (screen.n_cells,):
-            raise ScpertError(f"{name}=: the mask has shape {values.shape}, adata has {screen.n_cells} cells.")
-        mask = values
+    mask = as_mask(what, f"{name}=")
+    if mask is not None:
+        if mask.shape != (screen.n_cells,):
+            raise ScpertError(f"{name}=: the mask has shape {mask.shape}, adata has {screen.n_cells} cells.")
     else:
         labels = check_obs_key(screen.adata, groupby, "groupby").astype(str).to_numpy()
         if groupby == screen.perturbation_key:
@@ -314,14 +348,20 @@ class _Measured:
 
     combines = True
 
-    def __init__(self, screen: Screen, effects: Any, arguments: dict[str, Any]):
+    def __init__(self, screen: Screen, effects: Any, arguments: dict[str, Any], keys: list[str]):
         control = screen.control
         if effects is None:
             effects = perturbation_effects(
-                screen.adata, perturbation_key=screen.perturbation_key, control=control, **arguments
+                screen.adata,
+                perturbation_key=screen.perturbation_key,
+                control=control,
+                covariate_keys=keys or None,
+                **arguments,
             )
             self.same_cells = True
         else:  # effects say which controls they are relative to by their mean
+            keys = [str(k) for k in np.atleast_1d(effects.uns.get("effects", {}).get("covariate_keys", []))]
+            keys = keys if set(keys) <= set(screen.adata.obs) else []
             mean = effects.var["control_mean"].reindex(screen.genes) if "control_mean" in effects.var else None
             self.same_cells = (
                 mean is not None
@@ -329,12 +369,14 @@ class _Measured:
                 and np.allclose(screen.rows(screen.is_control).mean(axis=0), mean, rtol=1e-4, atol=1e-6)
             )
         self.same_cells = self.same_cells and screen.scale != K.SCALE_EFFECTS
-        self.control_variance = np.zeros(effects.n_vars)  # of the mean of the controls
+        self.control_variance = np.zeros(effects.n_vars)  # of a control cell
+        self.code, names = pd.factorize(screen.labels)
+        self.codes = {str(name): i for i, name in enumerate(names)}
+        self.is_control, self.strata = screen.is_control, np.zeros(screen.n_cells, np.int64)
         if self.same_cells:
-            controls = screen.rows(screen.is_control).astype(np.float64)
-            spread = np.asarray(controls.power(2).mean(axis=0) - np.square(controls.mean(axis=0))).ravel()
-            at = screen.genes.get_indexer(effects.var_names)
-            self.control_variance = np.maximum(spread, 0.0)[at] / max(controls.shape[0] - 1, 1)
+            self.strata = strata_of(screen.adata, keys)[0]
+            spread = _spread(screen.rows(screen.is_control), self.strata[screen.is_control])
+            self.control_variance = spread[screen.genes.get_indexer(effects.var_names)]
         self.control = control
         self.genes = effects.var_names
         labels = effects.obs[K.PERTURBATION] if K.PERTURBATION in effects.obs else effects.obs_names.to_series()
@@ -347,6 +389,26 @@ class _Measured:
     def parts(self, label: str) -> list[str]:
         """Measured effects that are added for a label."""
         return [label] if label in self.row else list(parse(label, self.control))
+
+    def _cells(self, part: str) -> np.ndarray:
+        cells: np.ndarray = self.code == self.codes.get(part, -1)
+        return cells
+
+    def controls(self, part: str) -> np.ndarray:
+        """Weights of the control cells in a measured effect, by the strata of its cells ``(cell,)``."""
+        mine = np.bincount(self.strata[self._cells(part)], minlength=int(self.strata.max(initial=0)) + 1)
+        there = np.bincount(self.strata[self.is_control], minlength=len(mine))
+        out: np.ndarray = self.is_control * (mine / max(mine.sum(), 1) / np.maximum(there, 1))[self.strata]
+        return out
+
+    def weights(self, label: str) -> np.ndarray:
+        """Of each cell in the effect of a label ``(cell,)``; zero if it was measured elsewhere."""
+        out = np.zeros(len(self.code))
+        if self.same_cells:
+            for part in self.parts(label):
+                mine = self._cells(part)
+                out += mine / max(mine.sum(), 1) - self.controls(part)
+        return out
 
     def known(self) -> list[str]:
         return list(self.row)
@@ -363,7 +425,10 @@ class _Measured:
             for part in parts:
                 shift[i] += self.shift[self.row[part], at]
                 variance[i] += self.error[self.row[part], at] ** 2
-            variance[i] += len(parts) * (len(parts) - 1) * self.control_variance[at]  # the same controls in each part
+            if self.same_cells and len(parts) > 1:  # the same controls in each part
+                controls = [self.controls(part) for part in parts]
+                common = sum(2.0 * float(a @ b) for a, b in itertools.combinations(controls, 2))
+                variance[i] += common * self.control_variance[at]
             status.append("measured" if len(parts) == 1 else "sum")
         return shift, np.sqrt(variance), status
 
@@ -394,7 +459,12 @@ class _Predicted:
             if all(label in row for label in block):
                 found = self._all[[row[label] for label in block]]
             else:
-                found = self.model.predict_perturbation(block, random_state=self.random_state)
+                try:
+                    found = self.model.predict_perturbation(block, random_state=self.random_state)
+                except UnknownTargetError as unknown:
+                    what = str(unknown).partition(" Pass on_unknown=")[0]
+                    text = f"perturbations=: {what} Leave it out, or give effects that hold it as model=."
+                    raise UnknownTargetError(text, unknown.targets, unknown.suggestions) from None
                 order = {canonical(str(p), self.control): i for i, p in enumerate(found.obs[K.PERTURBATION])}
                 found = found[[order[label] for label in block]]
             delta = found.layers[K.DELTA]
@@ -419,8 +489,7 @@ def _rank(
     for label, delta, std, state in zip(labels, shift, error, status, strict=True):
         targets = parse(label, control)
         use = ~genes.isin(targets) if exclude_targets else np.ones(len(genes), dtype=bool)
-        same = isinstance(source, _Measured) and source.same_cells
-        shared = way.shared(source.parts(label), control)[use] if same else np.zeros(int(use.sum()))
+        shared = (way.shared(source.weights(label)) if isinstance(source, _Measured) else np.zeros(len(genes)))[use]
         d, x, vd, vx = way.shift[use], delta[use], way.variance.sum(axis=0)[use], std[use] ** 2
         length = float(d @ d)
         if length == 0:
@@ -434,7 +503,8 @@ def _rank(
             left = float(np.sqrt(((d - x) ** 2).sum() / length))
             slope = x - 2 * done * d  # of the progress, with respect to the way
             spread = float(np.sqrt(max((d**2 * vx + slope**2 * vd + 2 * d * slope * shared).sum(), 0.0))) / far
-        z = done / spread if spread and spread > 0 else np.nan
+        exact = spread <= 1e-7 * abs(done)  # the goal's own cells
+        z = np.inf if exact else done / spread if spread > 0 else np.nan
         rows.append(
             {
                 K.PERTURBATION: label,
@@ -443,7 +513,7 @@ def _rank(
                 K.STD_ERROR: spread,
                 K.LOWER: done - 1.96 * spread,
                 K.UPPER: done + 1.96 * spread,
-                K.PVALS: 2 * stats.norm.sf(abs(z)) if np.isfinite(z) else np.nan,
+                K.PVALS: 2 * stats.norm.sf(abs(z)),
                 "cosine": cosine,
                 "remaining": left,
                 K.STATUS: state,
