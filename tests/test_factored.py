@@ -510,3 +510,45 @@ def test_standard_deviation_of_a_combination_is_that_of_its_singles():
     a, b = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})[:2]
     std = model.predict_perturbation([a, b, f"{a}+{b}"]).layers["std"]
     np.testing.assert_allclose(std[2], np.hypot(std[0], std[1]), rtol=1e-5)
+
+
+def test_failed_cells_do_not_come_back_as_effects():
+    """Failed cells bear an artefact and are common under one perturbation: with quality control it is no effect of it."""
+    adata = scpert.datasets.simulated(n_cells=3000, n_genes=60, n_targets=6, n_combinations=0, random_state=2)
+    rng = np.random.default_rng(0)
+    label = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})[0]
+    failed = rng.random(adata.n_obs) < np.where(adata.obs["perturbation"] == label, 0.6, 0.15)
+    x = adata.X.toarray()
+    true = np.asarray(scpert.tl.perturbation_effects(adata)[label].X).ravel()[30:45].mean()
+    x[failed, 30:45] = rng.poisson(x[failed, 30:45] * 4 + 2)
+    adata.X = x
+    adata.obs["failed"] = failed
+    assert np.asarray(scpert.tl.perturbation_effects(adata)[label].X).ravel()[30:45].mean() > true + 0.5
+    for model_class in (CRADLEVAE, GPOVAE):
+        model_class.setup_anndata(adata, quality_key="failed")
+        model = model_class(adata, n_latent=8, n_hidden=24)
+        model.train(max_epochs=8)
+        passing = scpert.tl.perturbation_effects(adata[~failed].copy())
+        np.testing.assert_allclose(model.effects_.delta[model.effects_.row[label]], passing[label].X.ravel(), atol=1e-4)
+        assert abs(model.predict_perturbation([label]).layers["delta"].ravel()[30:45].mean() - true) < 0.2
+    adata.obs.loc[adata.obs["perturbation"] == label, "failed"] = True
+    CRADLEVAE.setup_anndata(adata, quality_key="failed")
+    model = CRADLEVAE(adata, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1)
+    assert label not in model.effects_.labels
+
+
+def test_standard_deviations_are_never_zero():
+    """Where the network has fitted the noise its excess error is estimated as zero, which does not make it exact."""
+    adata = scpert.datasets.simulated(n_cells=1500, n_genes=60, n_targets=10, n_combinations=0, random_state=1)
+    many = scpert.datasets.simulated(
+        n_genes=60, n_targets=10, n_combinations=0, random_state=1, cells_per_perturbation=1500
+    )
+    GPOVAE.setup_anndata(adata)
+    model = GPOVAE(adata, n_latent=8, n_hidden=24)
+    model.train(max_epochs=20)
+    found = model.predict_perturbation()
+    std = found.layers["std"]
+    true = scpert.tl.perturbation_effects(many)[found.obs["perturbation"].astype(str)].X
+    assert (std > 0).mean() > 0.99
+    assert np.mean(np.abs(found.layers["delta"] - true) <= 1.645 * std) > 0.65

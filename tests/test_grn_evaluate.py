@@ -249,3 +249,89 @@ def test_causalbench_measures_of_every_network_take_values_as_they_are(halves):
     for wrong in ({"n_cells": 0}, {"n_permutations": -1}, {"observed": 3}):
         with pytest.raises(ScpertError, match="give a number|must be an AnnData"):
             scpert.tl.evaluate_grn(train, **{**options, **wrong})
+
+
+def test_batches_make_no_true_edges():
+    """A network of what batches do is confirmed by cells that have the same batches, unless they are compared within them."""
+    adata = scpert.datasets.simulated(n_genes=60, n_targets=8, n_combinations=0, cells_per_perturbation=160)
+    rng = np.random.default_rng(0)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    names = sorted(set(labels) - {"control"})
+    late = rng.random(len(labels)) < np.where(np.isin(labels, names[:4]), 0.8, 0.3)
+    x = adata.X.toarray()
+    x[:, 50:] = np.where(late[:, None], rng.poisson(x[:, 50:] * 2 + 2), x[:, 50:])
+    adata.X = x
+    adata.obs["run"] = late.astype(str)
+    train, test = adata[::2].copy(), adata[1::2].copy()
+    effects = adata.uns["truth"]["effects"]
+    true = set(map(tuple, effects[["source", "target"]].to_numpy()))
+    wrong = [(s, t) for s in names[:4] for t in adata.var_names[50:] if (s, t) not in true and s != t]
+    source, target = zip(*wrong, strict=True)
+    net = with_net(train, source, target, np.ones(len(wrong)))
+    options = {"observed": test, "k": (len(wrong),), "n_permutations": 0}
+    free = scpert.tl.evaluate_grn(net, **options).set_index("network").loc["grn"]
+    within = scpert.tl.evaluate_grn(net, covariate_keys="run", **options).set_index("network").loc["grn"]
+    assert free["precision"] > 0.5 and within["precision"] < 0.1
+    assert within["mean_wasserstein"] < 0.8 * free["mean_wasserstein"]
+    assert within["causalbench_precision"] == free["causalbench_precision"]
+    train.uns.pop("truth")
+    scpert.tl.infer_grn(train, covariate_keys="run")  # those of the inference are the default
+    told, default = (
+        scpert.tl.evaluate_grn(train, observed=test, k=(30,), n_permutations=0, **extra)
+        for extra in ({"covariate_keys": ["run"]}, {})
+    )
+    pd.testing.assert_frame_equal(told, default)
+
+
+def test_cells_of_a_model_are_seen(halves):
+    """A network read out of a trained model may not be judged on the cells that the model learned from."""
+    train, test = (x.copy() for x in halves)
+    scpert.model.GPOVAE.setup_anndata(train)
+    model = scpert.model.GPOVAE(train, n_latent=3, n_hidden=8)
+    model.train(max_epochs=1)
+    for options in ({}, {"method": "gpovae"}):
+        scpert.tl.infer_grn(test, model=model, threshold=0, **options)
+        with pytest.raises(ScpertError, match="were used to infer"):
+            scpert.tl.evaluate_grn(test, observed=train, k=(10,))
+        with pytest.raises(ScpertError, match="all .* cells of adata were used"):
+            scpert.tl.evaluate_grn(test, k=(10,))  # their signs were used
+    split = train.copy()
+    split.obs["split"] = np.where(np.arange(split.n_obs) % 3 == 0, "test", "train")
+    scpert.model.LinearGRN.setup_anndata(split, split_key="split")
+    linear = scpert.model.LinearGRN(split)
+    linear.train()
+    scpert.tl.infer_grn(split, model=linear)
+    table = scpert.tl.evaluate_grn(split, k=(10,), n_permutations=0)  # its test cells
+    assert table["n_positives"].iloc[0] > 0
+
+
+def test_saved_models_know_their_cells(halves, tmp_path):
+    train = halves[0].copy()
+    scpert.model.LinearGRN.setup_anndata(train)
+    model = scpert.model.LinearGRN(train)
+    model.train()
+    model.save(tmp_path / "m")
+    back = scpert.model.LinearGRN.load(tmp_path / "m")
+    np.testing.assert_array_equal(back.cells_, model.cells_)
+    scpert.tl.infer_grn(train, model=back)
+    with pytest.raises(ScpertError, match="Nothing to judge"):
+        scpert.tl.evaluate_grn(train, k=(10,))
+
+
+def test_no_positives_among_controls_of_rare_genes():
+    """Random labels over controls, genes in few cells: by the normal tail false positives came in nearly every run."""
+    rng = np.random.default_rng(0)
+    false = 0
+    for seed in range(8):
+        x = rng.poisson(rng.gamma(0.3, 0.1, size=120), size=(1600, 120)).astype(float)
+        x[:, 0] += 30
+        labels = np.where(np.arange(1600) < 1000, "control", rng.choice([f"P{i}" for i in range(20)], 1600))
+        adata = ad.AnnData(
+            x,
+            obs=pd.DataFrame({"perturbation": labels}, index=[f"c{seed}-{i}" for i in range(1600)]),
+            var=pd.DataFrame(index=[f"G{i}" for i in range(120)]),
+        )
+        net = with_net(adata, ["P0"], ["G1"], [1.0])
+        table = scpert.tl.evaluate_grn(net, allow_same_cells=True, k=(1,), n_permutations=0)
+        false += int(table["n_positives"].iloc[0])
+    assert false <= 1

@@ -532,6 +532,184 @@ def test_tables_and_profiles_without_replicates():
     )
 
 
+def test_error_rate_with_few_controls():
+    """Ten controls that happen to agree are no evidence: the rate was 0.9 when only perturbed cells were looked at twice."""
+    found = false = 0
+    for seed in range(6):
+        adata = scpert.datasets.simulated(n_cells=3000, n_genes=200, n_targets=10, n_combinations=0, random_state=seed)
+        keep = (adata.obs["perturbation"] != "control").to_numpy(copy=True)
+        keep[np.flatnonzero(~keep)[:20]] = True
+        few = adata[keep].copy()
+        scpert.tl.infer_grn(few)
+        edges = few.varp["grn"].toarray() != 0
+        found += int(edges.sum())
+        false += int((edges & (truth(adata, "effects") == 0)).sum())
+    assert found >= 5 and false <= 0.1 * found
+
+
+def test_effects_are_taken_as_they_are():
+    """A chain A -> B -> C without noise: what is already relative to control has nothing to be subtracted from."""
+    genes = ["A", "B", "C"]
+    shift = np.array([[-2.0, -1.6, -1.28], [0.0, -2.0, -1.6], [0.0, 0.0, -2.0]])
+    table = ad.AnnData(shift, obs=pd.DataFrame({"perturbation": genes}, index=genes), var=pd.DataFrame(index=genes))
+    for method in ("interventional", "sparse_inverse"):
+        scpert.tl.infer_grn(table, method=method, scale="effects", threshold=0)
+        net = scpert.get.grn_df(table).set_index(["source", "target"])["weight"]
+        assert set(net.index) == {("A", "B"), ("B", "C"), ("A", "C")} and (net > 0).all()
+    assert net["A", "C"] < min(net["A", "B"], net["B", "C"])
+    with_control = ad.AnnData(
+        np.vstack([np.zeros(3), shift]),
+        obs=pd.DataFrame({"perturbation": ["control", *genes]}, index=["wild", *genes]),
+        var=pd.DataFrame(index=genes),
+    )
+    scpert.tl.infer_grn(with_control, method="sparse_inverse", scale="effects", threshold=0)
+    pd.testing.assert_series_equal(scpert.get.grn_df(with_control).set_index(["source", "target"])["weight"], net)
+
+
+def test_a_table_with_standard_errors_is_as_good_as_its_cells():
+    total = []
+    for seed in range(3):
+        adata = scpert.datasets.simulated(
+            n_cells=3000, n_genes=100, n_targets=10, n_combinations=0, strength=0.6, random_state=seed
+        )
+        table = scpert.tl.perturbation_effects(adata)
+        bare = table.copy()
+        del bare.layers["std_error"]
+        row = []
+        for data, scale in ((adata, "counts"), (table, "effects"), (bare, "effects")):
+            scpert.tl.infer_grn(data, scale=scale, threshold=0)
+            row.append(direct_auprc(adata, network(data)))
+        total.append(row)
+    cells, told, spread = np.mean(total, axis=0)
+    assert told > cells - 0.05 and told > spread
+    again = scpert.tl.perturbation_effects(table, scale="effects")
+    np.testing.assert_allclose(again.layers["zscore"], table.X / table.layers["std_error"], rtol=1e-4)
+
+
+def test_noise_of_one_control_is_taken_out_of_a_table():
+    """Forty rows less one noisy control: its error is in every row, and hides what a row does; of many controls none is found."""
+    from scpert.tl._grn_methods import _reference_error
+
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(40, 200))
+    control = rng.normal(size=200)
+    found = _reference_error(noise - control)
+    assert np.corrcoef(found, -control)[0, 1] > 0.95 and 0.8 < np.polyfit(-control, found, 1)[0] < 1.1
+    assert np.abs(_reference_error(noise - control / 20)).max() < 0.3
+    moved = noise.copy()
+    moved[:, 0] -= 20.0  # moved by every perturbation: an effect
+    assert _reference_error(moved)[0] == 0
+    assert not _reference_error((noise - control)[:10]).any()  # too few to tell
+
+
+def test_signs_do_not_follow_noise():
+    """Regulators of which next to nothing is detected: what their own transcript does is noise, and the others are knocked down."""
+    adata = scpert.datasets.simulated(
+        n_cells=3000, n_genes=100, n_targets=10, n_combinations=0, strength=0.8, random_state=0
+    )
+    x = adata.X.toarray()
+    names = targets(adata)
+    rng = np.random.default_rng(0)
+    for gene in names[:4]:  # a count in a few cells, by chance more often in its own
+        at = adata.var_names.get_loc(gene)
+        x[:, at] = rng.random(len(x)) < 0.004
+        own = np.flatnonzero(adata.obs["perturbation"] == gene)
+        x[own[:2], at] = 1
+    adata.X = x
+    scpert.tl.infer_grn(adata)
+    net = scpert.get.grn_df(adata)
+    total = truth(adata, "effects")  # of the knock-down: activity has the other sign
+    rare = net[net["source"].isin(names[:4])]
+    want = -np.sign(total[adata.var_names.get_indexer(rare["source"]), adata.var_names.get_indexer(rare["target"])])
+    assert len(rare) > 10 and np.mean(np.sign(rare["weight"]) == want) > 0.9
+
+
+def test_edges_of_unmeasured_labels_are_not_counted():
+    """DREAM4 as it is: labels such as 'multifactorial' are no genes and must not take the edges that were asked for."""
+    rng = np.random.default_rng(0)
+    genes = [f"G{i}" for i in range(20)]
+    rows = np.vstack([linear_total_effects(random_direct(rng, 20), np.arange(20)), rng.normal(size=(30, 20))])
+    labels = [*genes, *["series_1"] * 30]
+    table = ad.AnnData(
+        rows,
+        obs=pd.DataFrame({"perturbation": labels}, index=[f"r{i}" for i in range(50)]),
+        var=pd.DataFrame(index=genes),
+    )
+    scpert.tl.infer_grn(table, scale="effects", n_edges=25)
+    assert table.varp["grn"].nnz == 25
+
+
+def test_observational_samples_are_read_as_the_screen_is(screen):
+    adata = screen.copy()
+    adata.layers["raw"] = adata.X.copy()
+    adata.X = np.full(adata.shape, np.nan)
+    other = adata[:50].copy()
+    options = {"method": "correlation", "layer": "raw", "scale": "counts", "threshold": 0}
+    scpert.tl.infer_grn(adata, observational=other, **options)
+    double = adata.varp["grn"].toarray()
+    mask = np.zeros(adata.n_obs, dtype=bool)
+    scpert.tl.infer_grn(adata, observational=mask, **options)
+    assert np.abs(double - adata.varp["grn"].toarray()).max() > 1e-4
+    del other.layers["raw"]
+    with pytest.raises(scpert.errors.MissingKeyError, match="observational=, which is read as adata is"):
+        scpert.tl.infer_grn(adata, observational=other, **options)
+    nullable = adata.copy()
+    nullable.obs["seen"] = pd.array(np.arange(adata.n_obs) < 40, dtype="boolean")
+    scpert.tl.infer_grn(nullable, observational="seen", **options)
+    with pytest.raises(ScpertError, match="observational= is all of the 300 cells"):
+        scpert.tl.infer_grn(adata, observational=~mask, **options)
+
+
+def test_what_a_model_cannot_use_is_refused_and_nothing_else_overwritten(screen):
+    adata = screen.copy()
+    reader = type("Reader", (), {"get_grn": lambda self: adata.uns["truth"]["net"]})()
+    for options, message in (
+        ({"model": reader, "method": "ridge"}, "'method': with model=Reader"),
+        ({"model": reader, "covariate_keys": "nosuch"}, "nosuch"),
+        ({"model": scpert.model.GPOVAE}, "model=GPOVAE is a class; give a trained model"),
+        ({"key_added": "truth"}, "is there and no network"),
+    ):
+        with pytest.raises(ScpertError, match=message):
+            scpert.tl.infer_grn(adata, **options)
+    assert isinstance(adata.uns["truth"], dict) and "net" in adata.uns["truth"]
+
+
+def test_prior_changes_the_ranking_of_total_effects(screen):
+    adata = screen.copy()
+    scpert.tl.infer_grn(adata, threshold=0)
+    plain = scpert.get.grn_df(adata)
+    weak = plain.iloc[[len(plain) // 3]]
+    scpert.tl.infer_grn(adata, threshold=0, prior=weak[["source", "target"]], prior_strength=50)
+    net = scpert.get.grn_df(adata)
+
+    def rank(table: pd.DataFrame) -> int:
+        edge = (table["source"] == weak["source"].iloc[0]) & (table["target"] == weak["target"].iloc[0])
+        return int(np.flatnonzero(edge)[0])
+
+    assert rank(net) < rank(plain) - 5
+    np.testing.assert_allclose(np.sign(net["weight"].sum()), np.sign(plain["weight"].sum()))
+
+
+def test_rank_statistics_within_batches():
+    """A quarter of the genes differs between batches, and so do the shares of the perturbations: no edge of that within batches."""
+    adata = scpert.datasets.simulated(n_genes=60, n_targets=8, n_combinations=0, cells_per_perturbation=100)
+    rng = np.random.default_rng(0)
+    names = targets(adata)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    late = rng.random(len(labels)) < np.where(np.isin(labels, names[:4]), 0.8, 0.3)
+    x = adata.X.toarray()
+    x[:, 45:] = np.where(late[:, None], rng.poisson(x[:, 45:] * 2 + 2), x[:, 45:])
+    adata.X = x
+    adata.obs["run"] = late.astype(str)
+    total = truth(adata, "effects")
+    false = []
+    for keys in (None, "run"):
+        scpert.tl.infer_grn(adata, statistic="rank", covariate_keys=keys)
+        edges = adata.varp["grn"].toarray() != 0
+        false.append(int((edges & (total == 0))[:, 45:].sum()))
+    assert false[0] > 20 and false[1] <= 3
+
+
 def test_network_stays_sparse(screen):
     """2,000 genes, 20,000 edges: nothing dense of that size is written."""
     rng = np.random.default_rng(0)

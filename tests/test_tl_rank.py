@@ -203,7 +203,9 @@ def test_batches_are_no_way_and_no_progress():
     adata.X = x
     adata.obs["run"] = late.astype(str)
     free = scpert.tl.rank_perturbations(adata, goal=goal, doubles=False).set_index("perturbation")
-    within = scpert.tl.rank_perturbations(adata, goal=goal, doubles=False, covariate_keys="run").set_index("perturbation")
+    within = scpert.tl.rank_perturbations(adata, goal=goal, doubles=False, covariate_keys="run").set_index(
+        "perturbation"
+    )
     assert free.loc[other, "progress"] > 0.6 and abs(within.loc[other, "progress"]) < 0.35
     assert within.index[0] == goal and within.loc[goal, "progress"] == pytest.approx(1.0)
     assert within.loc[goal, "pvals"] == 0.0

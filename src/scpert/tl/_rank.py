@@ -503,7 +503,7 @@ def _rank(
             left = float(np.sqrt(((d - x) ** 2).sum() / length))
             slope = x - 2 * done * d  # of the progress, with respect to the way
             spread = float(np.sqrt(max((d**2 * vx + slope**2 * vd + 2 * d * slope * shared).sum(), 0.0))) / far
-        exact = spread <= 1e-7 * abs(done)  # the goal's own cells
+        exact = done != 0 and spread <= 1e-7 * abs(done)  # the goal's own cells
         z = np.inf if exact else done / spread if spread > 0 else np.nan
         rows.append(
             {
