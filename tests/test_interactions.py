@@ -14,7 +14,7 @@ from scipy import sparse
 import scpert
 from scpert.errors import MissingKeyError, ScpertError
 from scpert.tl import evaluate_interactions, genetic_interactions
-from scpert.tl._interactions import _SMALL, _classify, distance_correlation, theil_sen
+from scpert.tl._interactions import _SMALL, _classify, _Seen, distance_correlation, theil_sen
 
 DATA = os.environ.get("SCPERT_TEST_DATA")
 CLASS = {"additive": "additive", "synergistic": "synergy", "suppressive": "suppression", "epistatic": "epistasis"}
@@ -209,7 +209,7 @@ def test_classes_of_constructed_effects():
 
 
 def test_no_shift_is_undetermined():
-    assert _classify({"magnitude": np.nan}, 2, {}) == "undetermined"
+    assert _classify({"magnitude": np.nan}, 2, {}, _Seen()) == "undetermined"
 
 
 def test_predicted_combinations(screen):
@@ -301,7 +301,7 @@ def test_singles_of_one_cell_are_left_out(screen, caplog):
     adata = screen[((labels != single) | (np.arange(screen.n_obs) == first)).to_numpy()].copy()
     genetic_interactions(adata, n_boot=0)
     assert list(adata.uns["genetic_interactions"].index) == [x for x in combinations if single not in x.split("+")]
-    assert "have a single of one cell" in caplog.text
+    assert "rest on one cell" in caplog.text
     alone = adata[adata.obs["perturbation"].isin(["control", *combinations[0].split("+"), combinations[0]])].copy()
     with pytest.raises(ScpertError, match="of one cell"):
         genetic_interactions(alone)
@@ -383,3 +383,80 @@ def test_a_wild_gene_hardly_moves_the_corrected_coefficients():
     error = np.tile(np.eye(3), (n, 1, 1))
     assert np.abs(_corrected(X, wild, error) - _corrected(X, y, error)).max() < 0.1
     assert np.abs(_corrected(X, wild, error) - truth).max() < 0.2
+
+
+def test_noise_makes_no_new_phenotype():
+    """Control cells under random labels are of no class; few cells of combinations that add up are not neomorphic."""
+    adata = scpert.datasets.simulated(
+        n_cells=6000, n_genes=300, n_targets=4, n_combinations=0, platform="transcriptome", control_fraction=0.9
+    )
+    rng = np.random.default_rng(0)
+    control = adata[adata.obs["perturbation"] == "control"].copy()
+    labels = np.full(control.n_obs, "control", dtype=object)
+    order = rng.permutation(control.n_obs)
+    names = [x for i in range(4) for x in (f"A{i}", f"B{i}", f"A{i}+B{i}")]
+    for i, name in enumerate(names):
+        labels[order[100 * i : 100 * (i + 1)]] = name
+    control.obs["perturbation"] = labels
+    genetic_interactions(control, n_boot=20)
+    table = control.uns["genetic_interactions"]
+    assert (table["class"] == "undetermined").all() and table["class_confidence"].isna().all()
+    few = scpert.datasets.simulated(
+        n_genes=300, n_targets=8, n_combinations=8, platform="transcriptome", cells_per_perturbation=50, random_state=1
+    )
+    genetic_interactions(few, n_boot=20)
+    assert "neomorphism" not in set(few.uns["genetic_interactions"]["class"])
+
+
+def test_a_true_new_phenotype_is_found():
+    """Thirty genes move under the combination alone, twice as far as the singles move theirs."""
+    rng = np.random.default_rng(0)
+    mean = np.full((4, 200), 3.0)
+    mean[1, :20] *= 2.0
+    mean[2, 20:40] *= 2.0
+    mean[3, 100:130] *= 4.0
+    labels = np.repeat(["control", "A", "B", "A+B"], 150)
+    counts = rng.poisson(np.repeat(mean, 150, axis=0)).astype(np.float32)
+    adata = ad.AnnData(sparse.csr_matrix(counts), obs=pd.DataFrame({"perturbation": labels}))
+    genetic_interactions(adata, n_boot=40)
+    row = adata.uns["genetic_interactions"].iloc[0]
+    assert row["class"] == "neomorphism" and row["class_confidence"] > 0.9
+
+
+def test_combinations_of_one_cell_are_left_out(screen, caplog):
+    labels = screen.obs["perturbation"].astype(str)
+    combinations = sorted(x for x in labels.unique() if "+" in x)
+    first = np.flatnonzero(labels == combinations[0])[0]
+    adata = screen[((labels != combinations[0]) | (np.arange(screen.n_obs) == first)).to_numpy()].copy()
+    genetic_interactions(adata, n_boot=0)
+    assert list(adata.uns["genetic_interactions"].index) == combinations[1:]
+    assert "rest on one cell" in caplog.text
+
+
+def test_fallbacks_are_no_predictions(screen, caplog):
+    labels = screen.obs["perturbation"].astype(str)
+    combination = next(x for x in labels.unique() if "+" in x)
+    predicted = ad.AnnData(
+        np.ones((2, screen.n_vars)), obs=pd.DataFrame({"perturbation": [combination, "X+Y"]}, index=["a", "b"])
+    )
+    predicted.var_names = screen.var_names
+    predicted.layers["delta"] = predicted.X.copy()
+    predicted.obs["status"] = ["fallback", "fallback"]
+    with pytest.raises(ScpertError, match="All predictions are fallbacks"):
+        genetic_interactions(screen.copy(), predicted=predicted, n_boot=0)
+    predicted.obs["status"] = ["combination", "fallback"]
+    out = genetic_interactions(screen, predicted=predicted, n_boot=0, copy=True).uns["genetic_interactions"]
+    assert list(out["perturbation"][out["origin"] == "predicted"]) == [combination]
+    assert "1 predictions are fallbacks and left out: 'X+Y'" in caplog.text
+
+
+def test_numbers_are_checked(screen):
+    for options, message in (
+        ({"n_boot": 1.5}, "n_boot=1.5: give a whole number"),
+        ({"min_zscore": "x"}, "min_zscore='x'"),
+        ({"thresholds": {"synergy_magnitude": "x"}}, "synergy_magnitude"),
+    ):
+        with pytest.raises(ScpertError, match=message):
+            genetic_interactions(screen.copy(), **options)
+    with pytest.raises(ScpertError, match="k=0.5"):
+        evaluate_interactions(pd.DataFrame(), k=0.5)

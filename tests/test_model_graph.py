@@ -353,3 +353,129 @@ def test_validation_perturbations_stop_training(screen, nets):
     model.train(max_epochs=3, accelerator="cpu")
     assert "reconstruction_loss_validation" in model.history
     assert 0 <= model.best_epoch_ < 3
+
+
+@pytest.mark.parametrize("cls", [GEARS, BioDSNN])
+def test_effects_of_the_linear_model_are_within_covariates(cls):
+    """Half of the perturbations are measured in a batch with a shift of its own: it is no effect of theirs."""
+    adata = scpert.datasets.simulated(n_cells=2000, n_genes=50, n_targets=12, n_combinations=0, random_state=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    names = sorted(set(labels) - {"control"})
+    rng = np.random.default_rng(0)
+    late = np.where(labels == "control", rng.random(len(labels)) < 0.5, np.isin(labels, names[:6]))
+    x = adata.X.toarray()
+    x[:, 20:40] = np.where(late[:, None], rng.poisson(x[:, 20:40] * 3 + 2), x[:, 20:40])
+    adata.X = x
+    adata.obs["run"] = late.astype(str)
+    wanted = scpert.tl.perturbation_effects(adata, covariate_keys="run")[names[:6]].X
+    error = {}
+    for keys in (None, "run"):
+        cls.setup_anndata(adata, covariate_keys=keys)
+        model = cls(adata, **_options(cls))
+        model.train(max_epochs=1, accelerator="cpu")
+        error[keys] = np.mean((model.predict_perturbation(names[:6]).layers["delta"] - wanted) ** 2)
+    assert error["run"] < 0.2 * error[None]
+    lost = adata[~((labels == "control") & late)].copy()
+    cls.setup_anndata(lost, covariate_keys="run")
+    with pytest.raises(ScpertError, match="fewer than two control cells"):
+        cls(lost, **_options(cls)).train(max_epochs=1, accelerator="cpu")
+
+
+def test_one_cell_is_not_the_most_exact_measurement():
+    adata = scpert.datasets.simulated(n_cells=3000, n_genes=60, n_targets=20, n_combinations=0, random_state=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    name = sorted(set(labels) - {"control"})[0]
+    mine = np.flatnonzero(labels == name)
+    truth = scpert.tl.perturbation_effects(adata)[name].X.ravel()
+    few = adata[np.sort(np.r_[np.flatnonzero(labels != name), mine[:1]])].copy()
+    raw = np.asarray(few[few.obs["perturbation"] == name].X.todense()).ravel()
+    GEARS.setup_anndata(few)
+    model = GEARS(few, **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    row = model.effects_.row[name]
+    off = np.asarray(model.genes_) != name
+    assert raw.any() and np.isnan(model.effects_.std_error[row]).all()
+    assert model._prior.noise[row] > 10 * np.median(model._prior.noise)
+    error = np.mean((model.predict_perturbation(name).layers["delta"].ravel() - truth)[off] ** 2)
+    assert error < 0.1 * np.mean((model.effects_.delta[row] - truth)[off] ** 2)
+
+
+def test_limits_of_own_genes():
+    """A target's own gene moves as others' own genes do, and by as much more or less: so wide are its limits."""
+    rng = np.random.default_rng(0)
+    n = 80
+    X = 0.1 * rng.normal(size=(n, n))
+    X[np.arange(n), np.arange(n)] = -2.0 + rng.normal(size=n)
+    names = [f"G{i}" for i in range(n)]
+    adata = scpert_effects(X, names)
+    net = pd.DataFrame({"source": names, "target": np.roll(names, 1), "weight": 1.0})
+    GEARS.setup_anndata(adata, scale="effects", split_key="split")
+    model = GEARS(adata, perturbation_net=net, **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    test = adata[adata.obs["split"] == "test"]
+    out = model.predict_perturbation(list(test.obs_names))
+    own = np.flatnonzero(out.obs["status"] == "unseen")
+    at = [names.index(out.obs_names[i]) for i in own]
+    low, high = out.layers["lower"][own, at], out.layers["upper"][own, at]
+    seen = np.asarray(test.X)[own, at]
+    assert len(own) >= 8 and np.mean((low <= seen) & (seen <= high)) > 0.7
+    np.testing.assert_allclose(out.layers["std"][own, at], model.effects_.own_rule[2], rtol=1e-5)
+
+
+def test_what_no_measured_target_is_joined_to_is_said():
+    rng = np.random.default_rng(0)
+    names = [f"T{i}" for i in range(20)]
+    adata = scpert_effects(rng.normal(size=(20, 15)), names)
+    net = pd.DataFrame({"source": [*names, "Z1"], "target": [*np.roll(names, 1), "Z2"], "weight": 1.0})
+    GEARS.setup_anndata(adata, scale="effects")
+    model = GEARS(adata, perturbation_net=net, **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    table = model.coverage(["Z1", "T0"])
+    assert list(table["in_graph"]) == [True, True] and list(table["predictable"]) == [False, True]
+    out = model.predict_perturbation("Z1")
+    assert out.obs["status"].iloc[0] == "fallback"
+    assert "evidence" not in set(model.explain("Z1")["kind"])
+    for bad in (["T0", "T1"], 3):
+        with pytest.raises(ScpertError, match="give one label"):
+            model.explain(bad)
+    with pytest.raises(ScpertError, match="top_edges=-1"):
+        model.explain("T0", top_edges=-1)
+    with pytest.raises(scpert.errors.LabelError, match="perturbations=5"):
+        model.predict_perturbation(5)
+
+
+def test_coexpression_only_where_reactome_holds_no_gene():
+    """Also of genes that it holds without a partner, as ``pathway_mask`` says which it does not."""
+    adata = scpert.datasets.simulated(n_cells=400, n_genes=12, n_targets=3, n_combinations=0)
+    g = list(adata.var_names)
+    reactome = scpert.resources.Reactome({"P": g[:3], "Q": [g[3]]})
+    mask = scpert.pp.pathway_mask(adata, reactome)
+    assert mask.attrs["outside"] == g[4:]
+    net = pd.DataFrame({"source": [g[3], g[5]], "target": [g[0], g[6]], "weight": 1.0})
+    BioDSNN.setup_anndata(adata)
+    model = BioDSNN(adata, gene_net=net, pathway_net=mask, **_options(BioDSNN))
+    allowed = model._mask(model._options["gene_net"], model._options["pathway_net"], True).toarray()
+    assert allowed[0, 1] and allowed[5, 6] and not allowed[3, 0] and not allowed[0, 3]
+
+
+def test_latent_space_of_cells_without_controls_or_labels(screen):
+    BioDSNN.setup_anndata(screen)
+    model = BioDSNN(screen, **_options(BioDSNN))
+    model.train(max_epochs=1, accelerator="cpu")
+    whole = model.get_latent_representation()
+    perturbed = np.flatnonzero((screen.obs["perturbation"] != "control").to_numpy())[:7]
+    some = screen[perturbed].copy()
+    np.testing.assert_allclose(model.get_latent_representation(some), whole[perturbed], rtol=1e-5, atol=1e-6)
+    del some.obs["perturbation"]
+    np.testing.assert_allclose(model.get_latent_representation(some), whole[perturbed], rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_and_temperatures_are_checked(screen):
+    BioDSNN.setup_anndata(screen)
+    for options, message in (
+        ({"direction_temperature": 0}, "direction_temperature=0"),
+        ({"cell_hidden": (0,)}, "cell_hidden=0"),
+    ):
+        with pytest.raises(ScpertError, match=message):
+            BioDSNN(screen, **{**_options(BioDSNN), **options})
+    assert BioDSNN(screen, **{**_options(BioDSNN), "cell_hidden": 8})._options["cell_hidden"] == (8,)

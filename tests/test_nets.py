@@ -197,3 +197,13 @@ def test_mask_bad_input():
             pathway_mask(["A", "B", "F"], R, fallback_net=net)
     loops = pd.DataFrame({"source": ["F", "F", "F"], "target": ["F", "A", "A"], "weight": [1, 0.5, 0.7]})
     assert ("F", "A") in edges(pathway_mask(["A", "B", "F"], R, fallback_net=loops))
+
+
+def test_the_empty_text_is_no_annotation():
+    table = pd.DataFrame({"gene": ["A", "B", "C", "D"], "term": ["", "", "x", "x"]})
+    net = scpert.pp.similarity_net(table)
+    assert set(net["source"]) == {"C", "D"}
+    with pytest.raises(ScpertError, match="None of the 1 genes is annotated"):
+        scpert.pp.similarity_net(table, genes="CD")
+    with pytest.raises(ScpertError, match="top_k='a'"):
+        scpert.pp.similarity_net(table, top_k="a")

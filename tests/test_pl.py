@@ -212,3 +212,18 @@ def test_top_genes_title_tells_how_genes_were_chosen_and_sparse_predictions_are_
         .get_title()
         .endswith("chosen genes")
     )
+
+
+def test_limits_and_effects_are_drawn(world):
+    """A pseudobulk with limits has bars; a table of effects stands in the place of cells."""
+    predicted = world["predicted"].copy()
+    bare = pl.top_genes(predicted, world["adata"], world["label"], n_genes=4, ax=_empty_axes())
+    predicted.layers["lower"], predicted.layers["upper"] = predicted.X - 0.5, predicted.X + 0.25
+    ax = pl.top_genes(predicted, world["adata"], world["label"], n_genes=4, ax=_empty_axes())
+    assert len(ax.collections) == len(bare.collections) + 1
+    bars = np.array([s[:, 1] for s in ax.collections[-1].get_segments()])
+    np.testing.assert_allclose(bars[:, 1] - bars[:, 0], 0.75, rtol=1e-5)
+    effects = world["effects"]
+    for function in (pl.top_genes, pl.predicted_vs_observed):
+        ax = function(world["predicted"], effects, world["label"], scale="effects", ax=_empty_axes())
+        assert "1 row" in ax.get_title() or "1 row" in str([t.get_text() for t in ax.get_legend().get_texts()])

@@ -480,3 +480,22 @@ def test_real_propagation_and_aliases():
         assert set(out.loc[out["gene"] == gene, "term"]) == expected
     mapping = map_symbols(["MLL", "klf1", "NOTAGENE"], folder / "hgnc_alias_to_approved_2022-04.tsv.gz")
     assert mapping["approved"].tolist() == ["KMT2A", "KLF1", "NOTAGENE"]
+
+
+def test_one_name_is_a_name_and_not_its_letters(tmp_path):
+    file = tmp_path / "a.gaf"
+    file.write_text(GAF)
+    whole = gene_ontology(file)
+    assert "GO:0005515" in set(whole["term"])
+    assert "GO:0005515" not in set(gene_ontology(file, exclude_terms="GO:0005515")["term"])
+    pd.testing.assert_frame_equal(gene_ontology(file, evidence="IDA"), gene_ontology(file, evidence=["IDA"]))
+    pd.testing.assert_frame_equal(gene_ontology(file, domains="BP"), gene_ontology(file, domains=["BP"]))
+    with pytest.raises(ScpertError, match="give hierarchy="):
+        gene_ontology(file, levels=1)
+
+
+def test_strings_own_header_in_a_table(tmp_path):
+    links = tmp_path / "links.txt"
+    links.write_text("protein1 protein2 combined_score\n9606.P1 9606.P2 900\n")
+    info = pd.DataFrame({"#string_protein_id": ["9606.P1", "9606.P2"], "preferred_name": ["A", "B"]})
+    assert interactome(links, info=info)["source"].tolist() == ["A", "B"]

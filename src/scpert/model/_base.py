@@ -7,7 +7,7 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -36,7 +36,7 @@ from .._checks import (
 )
 from .._progress import progress
 from .._settings import settings
-from ..data._effects import Effects
+from ..data._effects import Effects, need_controls
 from ..data._field import REGISTRY_KEY, PerturbationField, covariate_codes
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import canonical, encode, join, parse
@@ -430,6 +430,8 @@ class PerturbationModel(BaseModel):
     _uncovered: str = "raise"
     #: Arguments of setup_anndata that the model makes use of, beside labels, layer, scale and split.
     _uses: tuple[str, ...] = ("library_size_key",)
+    #: Effects are measured within the strata of the covariates.
+    _stratified = False
     _batch_size = 256
     _group_labels: int | None = None
 
@@ -588,7 +590,17 @@ class PerturbationModel(BaseModel):
         """Number of genes."""
         return len(self.genes_)
 
-    def _make_screen(self, adata: AnnData) -> Screen:
+    def _screen_of(self, adata: AnnData | None, *, labels: bool) -> Screen:
+        """Screen of new cells, of which none must be a control; without ``labels`` they need not even be labelled."""
+        if adata is None:
+            return self._screen
+        adata, key = self._align(adata), self.setup_args_["perturbation_key"]
+        if key not in adata.obs and not labels:
+            adata = adata.copy()
+            adata.obs[key] = self.control_
+        return self._make_screen(adata, require_control=False)
+
+    def _make_screen(self, adata: AnnData, *, require_control: bool = True) -> Screen:
         s = self.setup_args_
         return Screen(
             adata,
@@ -598,6 +610,7 @@ class PerturbationModel(BaseModel):
             scale=self.scale_,
             library_size_key=s["library_size_key"],
             allowed=self._scales,
+            require_control=require_control,
         )
 
     @cached_property
@@ -624,6 +637,10 @@ class PerturbationModel(BaseModel):
             else (screen.adata.obs[split_key].astype(str) != K.TEST).to_numpy()
         )
         self.cells_ = cell_hashes(screen.adata.obs_names[seen])
+        strata = self._strata()
+        if strata is not None:
+            table = screen.adata.obs[list(self.covariates_)]
+            need_controls(screen, strata, lambda cell: " / ".join(map(str, table.iloc[cell])), mask)
         self.effects_ = self._effects_of(mask)
         if len(self.effects_.labels) == 0:
             raise LabelError("No perturbed cell is among the training cells: nothing to learn from.")
@@ -640,9 +657,17 @@ class PerturbationModel(BaseModel):
             rows = np.sort(np.random.default_rng(random_state).choice(rows, MAX_REFERENCE_CELLS, replace=False))
         self.reference_ = replace(self._reference_from(screen, rows), population=self.effects_.control_mean)
 
+    def _strata(self) -> np.ndarray | None:
+        """Stratum of the covariates of each cell, codes ``(cell,)``, for models that measure effects within them."""
+        if not self._stratified or not self.covariates_ or self.scale_ == K.SCALE_EFFECTS:
+            return None
+        codes = covariate_codes(self._screen.adata, self.covariates_)
+        strata: np.ndarray = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+        return strata
+
     def _effects_of(self, mask: np.ndarray) -> Effects:
         """Effects of the cells in ``mask``."""
-        return Effects.from_screen(self._screen, mask)
+        return Effects.from_screen(self._screen, mask, self._strata())
 
     def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
         values = screen.rows(rows, normalised=False)
@@ -1020,6 +1045,10 @@ class PerturbationModel(BaseModel):
         else:
             if hasattr(perturbations, "obs_names"):
                 raise LabelError("perturbations= takes labels such as 'GENE' or 'A+B'; pass control cells as adata=.")
+            if not isinstance(perturbations, Iterable):
+                raise LabelError(
+                    f"perturbations={perturbations!r}: give a label such as 'A' or 'A+B', or a list of them."
+                )
             asked = [perturbations] if isinstance(perturbations, str) else [str(p) for p in perturbations]
             labels = list(dict.fromkeys(canonical(p, self.control_) for p in asked))
         if not labels:

@@ -76,7 +76,7 @@ class _ConditionalModel(PerturbationModel):
     def get_latent_representation(self, adata: AnnData | None = None, *, batch_size: int | None = None) -> np.ndarray:
         """Latent of each cell (basal, for :class:`CPA`), float32 ``(cell, latent)``."""
         self._check_trained()
-        screen = self._screen if adata is None else self._make_screen(self._align(adata))
+        screen = self._screen_of(adata, labels=not self._additive)  # the conditional VAE encodes by the perturbation
         tensors = ScreenTensors(screen, self._field_state, self.setup_args_)
         size, out = batch_size or 1024, []
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_positive, check_seed, check_whole, listing
 from .._progress import progress
-from ..data._effects import Effects, need_controls
+from ..data._effects import Effects
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot
@@ -86,6 +86,7 @@ class _Factored(PerturbationModel):
     _scales = (K.SCALE_COUNTS,)
     _uses = ("quality_key", "matched_control_key", "covariate_keys", "library_size_key")
     _preset: Mapping[str, Any] = {}
+    _stratified = True
     _max_epochs = 100
     _group_labels = 32
 
@@ -150,15 +151,6 @@ class _Factored(PerturbationModel):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def _strata(self) -> np.ndarray:
-        """Stratum of the covariates of each cell, codes ``(cell,)``."""
-        codes = covariate_codes(self._screen.adata, self.covariates_)
-        return (
-            np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
-            if codes.shape[1]
-            else np.zeros(len(codes), int)
-        )
-
     def _passing(self) -> np.ndarray:
         """Cells that passed quality control, all where the model does not look at it, boolean ``(cell,)``."""
         key = self.setup_args_["quality_key"] if self.module.use_quality else None
@@ -170,14 +162,9 @@ class _Factored(PerturbationModel):
 
     def _effects_of(self, mask: np.ndarray) -> Effects:
         """Effects of passing cells, within the strata of the covariates, where there are any."""
-        return Effects.from_screen(self._screen, mask & self._passing(), self._strata() if self.covariates_ else None)
+        return super()._effects_of(mask & self._passing())
 
     def _learn_reference(self, random_state: int = 0) -> None:
-        if self.covariates_:
-            table = self._screen.adata.obs[list(self.covariates_)]
-            need_controls(
-                self._screen, self._strata(), lambda cell: " / ".join(map(str, table.iloc[cell])), self._train_mask()
-            )
         super()._learn_reference(random_state)
         lost = sorted({*self._screen.labels[super()._train_mask()]} - {self.control_, *self.effects_.labels})
         if lost:
@@ -190,6 +177,7 @@ class _Factored(PerturbationModel):
         names, codes = np.unique(screen.labels.astype(str), return_inverse=True)
         codes = codes.reshape(-1)
         strata = self._strata()
+        strata = np.zeros(screen.n_cells, dtype=np.int64) if strata is None else strata
         in_control = mask & screen.is_control
         n_strata = int(strata.max()) + 1
         codes = np.where(screen.is_control, len(names) + strata, codes)  # controls by stratum, behind the perturbations
@@ -461,15 +449,7 @@ class _Factored(PerturbationModel):
         float32 array ``(cell, n_latent)``.
         """
         self._check_trained()
-        if adata is None:
-            screen = self._screen
-        else:
-            adata = self._align(adata)
-            key = self.setup_args_["perturbation_key"]
-            if key not in adata.obs:
-                adata = adata.copy()
-                adata.obs[key] = self.control_
-            screen = self._make_screen_any(adata)
+        screen = self._screen_of(adata, labels=False)
         data = screen.adata
         codes = encode(screen.labels, self.targets_, self.control_)
         quality = self.setup_args_["quality_key"]
@@ -491,19 +471,6 @@ class _Factored(PerturbationModel):
                 cov = m.one_hot(torch.from_numpy(covariates[rows]).to(device))
                 out[rows] = m.encode(x, library, effect, artefact, cov)[0].cpu().numpy()
         return out
-
-    def _make_screen_any(self, adata: AnnData) -> Any:
-        s = self.setup_args_
-        return Screen(
-            adata,
-            perturbation_key=s["perturbation_key"],
-            control=self.control_,
-            layer=self._field_state["layer"],
-            scale=self.scale_,
-            library_size_key=s["library_size_key"],
-            allowed=self._scales,
-            require_control=False,
-        )
 
     def get_perturbation_embedding(self) -> pd.DataFrame:
         """Posterior mean effects ``(target, dim)``; for GPOVAE the dimensions are genes, in log fold changes."""

@@ -381,16 +381,12 @@ class KnowledgeGP(KnowledgeModel):
         """Relative noise of rows from their standard errors, or from cell numbers; mean 1."""
         e = self.effects_
         rows = [e.singles[t] for t in self.singles_]
-        with np.errstate(invalid="ignore"):
-            error2 = np.nansum(e.std_error[rows].astype(np.float64) ** 2, axis=1) / scale**2
-        unknown = ~np.isfinite(e.std_error[rows]).any(axis=1)
-        if unknown.all():
+        error2 = e.sampling_variance()[rows].sum(axis=1) / scale**2
+        if not np.isfinite(e.std_error).any():
             n = np.maximum(e.n_cells[rows].astype(np.float64), 1.0)
             if np.ptp(n) == 0:
                 return np.ones(len(rows))
             error2 = np.quantile(residual2 * n, 0.1) / n
-        elif unknown.any():
-            error2[unknown] = error2[~unknown].max()
         signal = max(float(np.mean(np.maximum(residual2 - error2, 0.0))), 0.05 * float(np.mean(residual2)), 1e-12)
         noise = signal + error2
         return noise / noise.mean()
@@ -723,12 +719,12 @@ class KnowledgeGP(KnowledgeModel):
         """Own effect of a trained target, shrunk by its standard errors to what is predicted without it, but for its own gene."""
         e = self.effects_
         row = e.singles[target]
-        own, error = e.delta[row].astype(np.float64), e.std_error[row].astype(np.float64)
-        where = np.flatnonzero(self.singles_ == target)
-        if len(where) == 0 or not np.isfinite(error).any():
-            return own, error
-        prior2 = np.maximum(self.gene_sd_**2 - np.nanmedian(e.std_error**2, axis=0), 0.1 * self.gene_sd_**2)
-        error2 = np.where(np.isfinite(error), error**2, 0.0)
+        own, where = e.delta[row].astype(np.float64), np.flatnonzero(self.singles_ == target)
+        if len(where) == 0 or not np.isfinite(e.std_error).any():
+            return own, e.std_error[row].astype(np.float64)
+        variance = e.sampling_variance()
+        error2 = variance[row]
+        prior2 = np.maximum(self.gene_sd_**2 - np.median(variance, axis=0), 0.1 * self.gene_sd_**2)
         weight = prior2 / (prior2 + error2)
         weight[e.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
         return weight * own + (1 - weight) * self.held_out_[where[0]], np.sqrt(weight * error2)

@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_choice, check_net, check_positive, listing
+from .._checks import check_choice, check_net, check_positive, check_whole, listing
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import parse
 from ..errors import ScpertError
@@ -31,6 +31,9 @@ logger = logging.getLogger("scpert")
 
 _MANY_GENES = 3000  # above which attention without a mask is announced as slow
 _FEWEST_JUDGES = 5  # perturbations needed to learn how far the network is to be trusted
+_OWN_WIDTH = (
+    1.645  # half-width of the 90 % limits of own genes, whose errors are of their own kind, in standard deviations
+)
 _HELD_OUT = 0.2  # share of the training perturbations that judge the network, where no validation ones are given
 
 
@@ -49,6 +52,7 @@ class _GraphModel(PerturbationModel):
     scope = "unseen"
     _scales = K.SCALES
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
+    _stratified = True
     _group_labels = 2
     _max_epochs = 20
     _monitor = "reconstruction_loss_validation"
@@ -111,7 +115,10 @@ class _GraphModel(PerturbationModel):
         self._nodes: list[str] = sorted(self._in_graph | set(self.targets_))
         self._node = {t: i for i, t in enumerate(self._nodes)}
         if pathway_net is not None:
+            outside = pathway_net.attrs.get("outside")
             pathway_net = check_net(pathway_net, "pathway_net", known={*self.genes_, *self._nodes})
+            if outside is not None:  # pathway_mask says which genes no pathway holds
+                pathway_net.attrs["outside"] = sorted({*map(str, outside)} & {*self.genes_})
             if net_matrix(pathway_net, self.genes_).nnz == 0:
                 raise ScpertError(
                     "pathway_net has no pair of two different genes of the data: the mask would be empty."
@@ -158,7 +165,10 @@ class _GraphModel(PerturbationModel):
             return correlated.tocsr()
         shared = (net_matrix(pathway_net, self.genes_) != 0).astype(np.int8)
         shared = shared.maximum(shared.T)
-        outside = np.asarray(shared.sum(axis=1)).ravel() == 0
+        if "outside" in pathway_net.attrs:
+            outside = np.isin(self.genes_, pathway_net.attrs["outside"])
+        else:
+            outside = np.asarray(shared.sum(axis=1)).ravel() == 0
         keep = sparse.diags(outside.astype(np.int8), dtype=np.int8) @ correlated
         return (shared + keep + keep.T).astype(bool).astype(np.int8).tocsr()
 
@@ -222,7 +232,7 @@ class _GraphModel(PerturbationModel):
         module = self.module
         module.control_mean = torch.as_tensor(e.control_mean, device=module.control_mean.device)
         fitted = e.without_own()
-        square = np.nan_to_num(e.std_error) ** 2
+        square = e.sampling_variance()
         noise = square.mean(axis=1)
         self._prior = GraphPrior(self._relations).fit(
             self._sets(e.targets), fitted, noise, random_state, gene_noise=square.mean(axis=0), temper=self._tempered
@@ -281,16 +291,31 @@ class _GraphModel(PerturbationModel):
 
     # ------------------------------------------------------------------------------------------ on-target shift
 
-    def _put_own(self, delta: np.ndarray, targets: Sequence[tuple[str, ...]]) -> None:
-        """Targets' own genes: as measured, or, of targets that were never perturbed alone, as the others' own genes move."""
+    def _put_own(self, delta: np.ndarray, std: np.ndarray | None, targets: Sequence[tuple[str, ...]]) -> np.ndarray:
+        """Targets' own genes: as measured, or, of targets that were never perturbed alone, as the others' own genes move.
+
+        Returns where they are, boolean ``(perturbation, gene)``, with a standard deviation of their own in ``std``.
+        """
         e, gene = self.effects_, {g: j for j, g in enumerate(self.genes_)}
-        e.put_own(targets, delta)
+        e.put_own(targets, delta, std)
+        own, variance = np.zeros(delta.shape, dtype=bool), e.sampling_variance()
         for i, row in enumerate(targets):
             label = "+".join(row)
             for t in row:
-                measured = e.row.get(label, e.singles.get(t))
-                if t in gene and measured is not None:
-                    delta[i, gene[t]] = e.delta[measured, gene[t]]
+                if t not in gene:
+                    continue
+                j, measured = gene[t], e.row.get(label, e.singles.get(t))
+                own[i, j] = measured is not None or e.own_rule is not None
+                if measured is not None:
+                    delta[i, j] = e.delta[measured, j]
+                    if std is not None:
+                        error = float(np.sqrt(variance[measured, j]))
+                        if error == 0:  # not known
+                            error = e.own_rule[2] if e.own_rule is not None else float(std[i, j])
+                        # in a combination the single's shift is not the combination's own
+                        apart = 0.0 if label in e.row or e.own_rule is None else e.own_rule[2]
+                        std[i, j] = np.sqrt(error**2 + apart**2)
+        return own
 
     # ------------------------------------------------------------------------------------------ prediction
 
@@ -332,14 +357,17 @@ class _GraphModel(PerturbationModel):
         use = np.flatnonzero(trust)
         if len(use):
             delta[use] += trust[use, None] * self._correction([targets[i] for i in use])
-        self._put_own(delta, targets)
-        delta[fallback] = e.mean
-        delta = delta.astype(np.float32)
         if not self._calibration:
-            return Prediction(delta, fallback=fallback)
+            self._put_own(delta, None, targets)
+            delta[fallback] = e.mean
+            return Prediction(delta.astype(np.float32), fallback=fallback)
         c = self._calibration
         std = np.sqrt(variance + c["noise"])[:, None].astype(np.float32) * c["gene_sd"]
-        return Prediction(delta, std, delta - c["width"] * std, delta + c["width"] * std, fallback)
+        own = self._put_own(delta, std, targets)
+        delta[fallback] = e.mean
+        delta = delta.astype(np.float32)
+        half = np.where(own, _OWN_WIDTH, c["width"]).astype(np.float32) * std
+        return Prediction(delta, std, delta - half, delta + half, fallback)
 
     def _predict_cells(
         self,
@@ -370,7 +398,15 @@ class _GraphModel(PerturbationModel):
         return self._in_graph
 
     def _covers(self, target: str) -> bool:
-        return target in self._in_graph
+        """Whether a graph holds the target and, after training, joins it to a measured one."""
+        if target not in self._in_graph or not self.is_trained_:
+            return target in self._in_graph
+        return bool(self._prior.reach([[self._node[target]]])[0])
+
+    def _status(self, targets: tuple[str, ...]) -> str | None:
+        """What a graph holds but joins to no measured target is predicted by the mean, and flagged."""
+        held = all(t in self._trained_targets or t in self._in_graph for t in targets)
+        return super()._status(targets) or (K.FALLBACK if held else None)
 
     def get_perturbation_embedding(self) -> pd.DataFrame:
         """Embedding of the targets after their graphs, ``(target, hidden)``."""
@@ -413,7 +449,10 @@ class _GraphModel(PerturbationModel):
             If the model cannot predict the perturbation.
         """
         self._check_trained()
-        check_positive("top_genes", top_genes)
+        check_whole("top_genes", top_genes)
+        check_whole("top_edges", top_edges)
+        if not isinstance(perturbation, str):
+            raise ScpertError(f"perturbation={perturbation!r}: give one label, such as 'A' or 'A+B'.")
         predicted = self.predict_perturbation(perturbation)
         label = str(predicted.obs[K.PERTURBATION].iloc[0])
         targets = parse(label, self.control_)
@@ -421,7 +460,8 @@ class _GraphModel(PerturbationModel):
         genes = np.argsort(-np.abs(delta), kind="stable")[: int(top_genes)]
         rows: list[tuple[str, str, float, str]] = [(label, self.genes_[g], float(delta[g]), "effect") for g in genes]
         nodes = [self._node[t] for t in targets if t in self._node]
-        if len(nodes) == len(targets) and self._anchored:
+        known = str(predicted.obs[K.STATUS].iloc[0]) != K.FALLBACK  # the mean effect has no evidence of its own
+        if known and len(nodes) == len(targets) and self._anchored:
             share = self._prior.shares([nodes])[0]
             rows += [
                 (str(q), label, float(w), "evidence") for q, w in zip(self.effects_.labels, share, strict=True) if w
@@ -567,6 +607,7 @@ class GEARS(_GraphModel):
         gene_weight = _gene_weight(gene_weight, self.genes_)
         _check_sizes(n_hidden=n_hidden)
         _check_weights(autofocus=autofocus, direction_weight=direction_weight)
+        check_positive("direction_temperature", direction_temperature)
         self._remember(locals())
         self._build(0)
 
@@ -601,8 +642,8 @@ class BioDSNN(_GraphModel):
     gene_net, perturbation_net
         As in :class:`GEARS`.
     pathway_net
-        Pairs of genes that may attend to each other (:func:`scpert.pp.pathway_mask`); a measured gene that it does not
-        hold takes its neighbours in ``gene_net``. ``None``: ``gene_net`` for all. Pairs of targets in it are one more
+        Pairs of genes that may attend to each other (:func:`scpert.pp.pathway_mask`); a measured gene that no pathway holds
+        (``attrs["outside"]``; without it, one that has no partner) takes its neighbours in ``gene_net``. ``None``: ``gene_net`` for all. Pairs of targets in it are one more
         graph of the linear graph model: make the mask of measured genes and targets together, from the lowest pathways
         (``level=1``).
     n_hidden, n_heads, n_feedforward
@@ -667,6 +708,7 @@ class BioDSNN(_GraphModel):
             n_hidden=n_hidden, n_heads=n_heads, n_feedforward=n_feedforward, n_latent=n_latent, n_layers=n_layers
         )
         _check_weights(autofocus=autofocus, direction_weight=direction_weight, kl_weight=kl_weight)
+        check_positive("direction_temperature", direction_temperature)
         if n_hidden % n_heads:
             raise ScpertError(
                 f"n_hidden={n_hidden} cannot be shared by n_heads={n_heads}: choose a divisor of n_hidden."
@@ -680,7 +722,7 @@ class BioDSNN(_GraphModel):
             published=published,
         )
         gene_weight = _gene_weight(gene_weight, self.genes_)
-        cell_hidden = tuple(int(h) for h in cell_hidden)
+        cell_hidden = tuple(check_whole("cell_hidden", h) for h in np.atleast_1d(np.asarray(cell_hidden)).tolist())
         self._remember(locals())
         self._build(0)
 
@@ -720,7 +762,7 @@ class BioDSNN(_GraphModel):
             raise ScpertError(
                 "This BioDSNN has no VAE (use_vae=False, or a table of effects): there is no latent space."
             )
-        screen = self._screen if adata is None else self._make_screen(self._align(adata))
+        screen = self._screen_of(adata, labels=False)
         out = []
         with torch.inference_mode():
             for _, block in screen.chunks(chunk=batch_size or 1024):
@@ -731,8 +773,7 @@ class BioDSNN(_GraphModel):
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        if int(check_positive(name, value)) != value:
-            raise ScpertError(f"{name}={value!r}: give a whole number above 0.")
+        check_whole(name, value)
 
 
 def _check_weights(**weights: float) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 from .. import _keys as K
 from .._checks import check_positive, listing
 from .._docs import shared_docs
+from ..data._effects import Effects
 from ..data._perturbation import canonical, parse
 from ..data._screen import Screen
 from ..errors import LabelError, MissingKeyError, ScpertError
@@ -89,7 +90,7 @@ def _pair(
     predicted: AnnData, observed: AnnData, perturbation: str, perturbation_key: str, control: str, **values: Any
 ) -> tuple[Screen, str, np.ndarray]:
     """The observed screen, the perturbation's label in its usual form, and the rows that predict it."""
-    screen = Screen(observed, perturbation_key=perturbation_key, control=control, **values)
+    screen = Screen(observed, perturbation_key=perturbation_key, control=control, allowed=K.SCALES, **values)
     label = canonical(perturbation, control)
     if label not in screen.perturbations:
         raise LabelError(
@@ -100,6 +101,18 @@ def _pair(
     if len(rows) == 0:
         raise LabelError(f"{label!r} is not among the predicted perturbations: {listing(sorted(set(labels)), 8)}.")
     return screen, label, rows
+
+
+def _observed(screen: Screen, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Shift of the label, its standard error (0: unknown), the mean of the controls ``(gene,)``, and how much was observed."""
+    if screen.scale == K.SCALE_EFFECTS:
+        found = Effects.from_screen(screen)
+        row, n = found.row[label], int((screen.labels == label).sum())
+        return found.delta[row], np.nan_to_num(found.std_error[row]), found.control_mean, f"{n} row{'s' * (n > 1)}"
+    m = screen.moments(np.where(screen.labels == label, "p", "c"), mask=(screen.labels == label) | screen.is_control)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(np.nan_to_num(m.var[1] / m.n[1]) + np.nan_to_num(m.var[0] / m.n[0]))
+    return m.mean[1] - m.mean[0], error, m.mean[0], f"{m.n[1]} cells"
 
 
 def _dense(values: Any) -> np.ndarray:
@@ -155,11 +168,7 @@ def predicted_vs_observed(
     """
     values: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
     screen, label, rows = _pair(predicted, observed, perturbation, perturbation_key, control, **values)
-    groups = np.where(screen.labels == label, "p", np.where(screen.is_control, "c", "other"))
-    m = screen.moments(groups, mask=groups != "other")
-    shift = m.mean[1] - m.mean[0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.sqrt(np.nan_to_num(m.var[1] / m.n[1]) + np.nan_to_num(m.var[0] / m.n[0]))
+    shift, error, control_mean, much = _observed(screen, label)
     if K.DELTA in predicted.layers:
         guess = _dense(predicted.layers[K.DELTA][rows]).mean(axis=0)
     else:
@@ -170,7 +179,7 @@ def predicted_vs_observed(
         if base is None:
             position = predicted.var_names.get_indexer(screen.genes)
             base = np.zeros(predicted.n_vars)
-            base[position[position >= 0]] = m.mean[0][position >= 0]
+            base[position[position >= 0]] = control_mean[position >= 0]
         guess = guess - base
     position = predicted.var_names.get_indexer(screen.genes)
     shared = np.flatnonzero(position >= 0)
@@ -189,10 +198,10 @@ def predicted_vs_observed(
         ax.scatter(x[i], y[i], s=45, facecolors="none", edgecolors=COLOURS["red"], zorder=3)
     ax.set_xlim(-span, span)
     ax.set_ylim(-span, span)
-    ax.set_xlabel("observed shift (log1p CP10k)")
+    ax.set_xlabel("observed effect" if screen.scale == K.SCALE_EFFECTS else "observed shift (log1p CP10k)")
     ax.set_ylabel("predicted shift")
     status = f", {predicted.obs[K.STATUS].iloc[rows[0]]}" if K.STATUS in predicted.obs else ""
-    ax.set_title(f"{label}: r = {r:.2f}, {m.n[1]} cells{status}", fontsize="medium")
+    ax.set_title(f"{label}: r = {r:.2f}, {much}{status}", fontsize="medium")
     name_points(ax, x, y, genes, np.argsort(-np.abs(x), kind="stable")[:n_labels])
     return finish(ax, show, return_fig)
 
@@ -217,7 +226,8 @@ def top_genes(
     """Box plots of the genes that a perturbation shifts most: observed cells, and the prediction.
 
     Values are relative to the mean of the control cells (the line at zero). A prediction of cells is drawn as boxes
-    beside the observed ones, a pseudobulk as a diamond with limits where it has them.
+    beside the observed ones, a pseudobulk as a diamond with its limits (``layers["lower"]``, ``["upper"]``) where it has them.
+    Of a table of effects the observed mean stands alone, with 90 % limits where it has standard errors.
 
     Parameters
     ----------
@@ -248,9 +258,7 @@ def top_genes(
     values: dict[str, Any] = {"layer": layer, "scale": scale, "library_size_key": library_size_key}
     screen, label, rows = _pair(predicted, observed, perturbation, perturbation_key, control, **values)
     cells = screen.rows(screen.labels == label).toarray()
-    groups = np.where(screen.is_control, "c", "other")
-    base = screen.moments(groups, mask=screen.is_control).mean[0]
-    shift = cells.mean(axis=0) - base
+    shift, error, base, much = _observed(screen, label)
     shared = screen.genes.intersection(predicted.var_names)
     title = f"{label}: chosen genes"
     if genes is None:
@@ -273,8 +281,13 @@ def top_genes(
 
     ax.axhline(0, color=COLOURS["black"], lw=0.8)
     many = len(rows) > 1
-    boxes(cells[:, mine] - base[mine], place - (0.19 if many else 0), COLOURS["blue"])
-    handles = [_patch(COLOURS["blue"], f"observed ({len(cells)} cells)")]
+    handles = []
+    if screen.scale == K.SCALE_EFFECTS:
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": COLOURS["black"], "lw": 1.2, "capsize": 2, "zorder": 3}
+        ax.errorbar(place, shift[mine], yerr=1.645 * error[mine], **bars)
+    else:
+        boxes(cells[:, mine] - base[mine], place - (0.19 if many else 0), COLOURS["blue"])
+        handles.append(_patch(COLOURS["blue"], f"observed ({much})"))
     if many:
         boxes(_dense(predicted.X[rows][:, theirs]) - base[mine], place + 0.19, COLOURS["orange"])
         handles.append(_patch(COLOURS["orange"], f"predicted ({len(rows)} cells)"))
@@ -283,12 +296,18 @@ def top_genes(
             value = _dense(predicted.layers[K.DELTA][rows]).ravel()[theirs]
         else:
             value = _dense(predicted.X[rows]).ravel()[theirs] - base[mine]
+        if K.LOWER in predicted.layers and K.UPPER in predicted.layers:  # of X: relative to the model's own control
+            at = _dense(predicted.X[rows]).ravel()[theirs]
+            below, above = (_dense(predicted.layers[name][rows]).ravel()[theirs] for name in (K.LOWER, K.UPPER))
+            reach = np.clip(np.stack([at - below, above - at]), 0.0, None)
+            ax.errorbar(place, value, yerr=reach, fmt="none", ecolor=COLOURS["red"], lw=1.2, capsize=2, zorder=3.5)
         ax.plot(place, value, "D", ms=5, color=COLOURS["red"], mec="white", mew=0.6, zorder=4)
         handles.append(_marker(COLOURS["red"], "predicted mean"))
     ax.plot(place - (0.19 if many else 0), shift[mine], "_", ms=12, mew=2, color=COLOURS["black"], zorder=3)
-    handles.append(_marker(COLOURS["black"], "observed mean", "_"))
+    what = f"observed ({much})" if screen.scale == K.SCALE_EFFECTS else "observed mean"
+    handles.append(_marker(COLOURS["black"], what, "_"))
     ax.set_xticks(place, genes, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    ax.set_ylabel("log1p CP10k minus control mean")
+    ax.set_ylabel("effect" if screen.scale == K.SCALE_EFFECTS else "log1p CP10k minus control mean")
     ax.set_title(title, fontsize="medium")
     ax.legend(handles=handles, frameon=False, fontsize="small", loc="best")
     return finish(ax, show, return_fig)

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_fraction, check_net, check_obs_key, check_unique_names, listing
+from .._checks import check_fraction, check_net, check_obs_key, check_unique_names, check_whole, listing
 from .._progress import progress
 from ..data._screen import iter_rows, log1p_cp10k, resolve_layer, resolve_scale
 from ..errors import ScaleError, ScpertError, SplitError
@@ -29,9 +29,7 @@ _BLOCK = 1024  # genes handled at a time: bounds the memory of the products
 def _check_top_k(top_k: int | None) -> int | None:
     if top_k is None:
         return None
-    if isinstance(top_k, bool) or int(top_k) != top_k or top_k < 1:
-        raise ScpertError(f"top_k={top_k!r}: give a whole number above 0, or None for all.")
-    return int(top_k)
+    return check_whole("top_k", top_k)
 
 
 def _net(source: Any, target: Any, weight: Any) -> pd.DataFrame:
@@ -121,8 +119,9 @@ def similarity_net(
             "annotations has NaN in gene or term. Drop these rows (dropna), or read with keep_default_na=False."
         )
     table = annotations[["gene", "term"]].astype(str).apply(lambda column: column.str.strip())
+    table = table[(table["gene"] != "") & (table["term"] != "")]  # no annotation
     if genes is not None:
-        wanted = {str(g) for g in genes}
+        wanted = {genes} if isinstance(genes, str) else {str(g) for g in genes}
         table = table[table["gene"].isin(wanted)]
         if table.empty:
             raise ScpertError(
@@ -310,7 +309,8 @@ def pathway_mask(
 
     Returns
     -------
-    Net ``source``, ``target``, ``weight`` (1), symmetric, self pairs included.
+    Net ``source``, ``target``, ``weight`` (1), symmetric, self pairs included; ``attrs["outside"]`` names the genes that Reactome
+    does not hold.
 
     Raises
     ------
@@ -346,9 +346,9 @@ def pathway_mask(
     member = sparse.csr_matrix((np.ones(len(rows), dtype=np.int32), (rows, cols)), shape=(n, max(1, len(number))))
     allowed = (member @ member.T).astype(bool).tocoo()
     pairs = [np.column_stack([allowed.row, allowed.col]), np.column_stack([np.arange(n), np.arange(n)])]
+    held = np.array([g in reactome for g in names], dtype=bool)
     if fallback_net is not None:
         net = check_net(fallback_net, "fallback_net", known=position)
-        held = np.array([g in reactome for g in names])
         source = net[K.SOURCE].map(position).to_numpy(dtype=int)
         target = net[K.TARGET].map(position).to_numpy(dtype=int)
         outside = ~(held[source] & held[target])
@@ -369,4 +369,6 @@ def pathway_mask(
             100 * share,
             len(edges),
         )
-    return _net(names[edges[:, 0]], names[edges[:, 1]], np.ones(len(edges)))
+    net = _net(names[edges[:, 0]], names[edges[:, 1]], np.ones(len(edges)))
+    net.attrs["outside"] = [str(g) for g, inside in zip(names, held, strict=True) if not inside]
+    return net

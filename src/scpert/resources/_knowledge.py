@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_choice, check_net, check_positive, listing
+from .._checks import check_choice, check_net, check_positive, check_whole, listing
 from ..errors import FileFormatError, ScpertError
 from ._fetch import fetch
 from ._read import ancestors, column, local_file, open_text, provenance, read_gmt, read_table, taxon
@@ -275,8 +275,13 @@ def gene_ontology(
     ['CBL', 'KLF1']
     """
     check_positive("min_terms", min_terms)
+    evidence = [evidence] if isinstance(evidence, str) else evidence
+    domains = [domains] if isinstance(domains, str) else domains
+    exclude_terms = [exclude_terms] if isinstance(exclude_terms, str) else exclude_terms
     if levels is not None:
-        check_positive("levels", levels)
+        check_whole("levels", levels)
+        if hierarchy is None and not propagate:
+            raise ScpertError("levels= counts parents in the hierarchy of terms: give hierarchy=, or propagate=True.")
     tax = taxon(organism)
     if path is None:
         if tax not in _GAF_FILES:
@@ -471,6 +476,7 @@ _PAIR_COLUMNS = {
 def _string_names(info: str | PathLike | pd.DataFrame) -> dict[str, str]:
     """Gene names of STRING's proteins, from its ``protein.info`` or ``protein.aliases`` file."""
     names = info.astype(str) if isinstance(info, pd.DataFrame) else read_table(local_file(info, "info"))
+    names = names.rename(columns=lambda c: str(c).lstrip("#"))
     identifier = column(names, ["string_protein_id", "protein_external_id", "protein_id"], "protein", "info")
     by_name = {c.casefold(): c for c in names.columns}
     if not {"alias", "source"} <= set(by_name):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from .. import _keys as K
-from .._checks import check_fraction, check_positive, check_seed, listing
+from .._checks import check_fraction, check_positive, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, canonical, parse
 from ..errors import MissingKeyError, ScpertError
@@ -365,13 +367,40 @@ def _measures(X: np.ndarray, y: np.ndarray, c: np.ndarray, full: bool = False) -
     return out
 
 
-def _classify(m: Mapping[str, float], k: int, limits: Mapping[str, float]) -> str:
+#: Standard deviations by which shifts must be longer than their noise alone would be.
+_CLEAR = 3.0
+#: Or the error rate, over all genes and singles (Bonferroni), at which one gene shows that there is a shift.
+_SINGLE_GENE = 0.01
+
+
+@dataclass
+class _Seen:
+    """What stands out of the noise: any single's shift, and the combination's beyond the fit."""
+
+    singles: bool = True
+    beyond: bool = True
+
+
+def _stands_out(shift: np.ndarray, variance: np.ndarray, resampled: np.ndarray | None) -> bool:
+    """Whether a shift ``(gene,)`` is longer than noise of this variance makes it; ``resampled`` ``(replicate, gene)`` tell how noise varies."""
+    use = variance > 0
+    length = float((shift[use] ** 2 / variance[use]).sum())
+    mean, sd = float(use.sum()), sqrt(2.0 * use.sum())
+    if resampled is not None and len(resampled) > 1:  # genes do not vary independently
+        noise = ((resampled[:, use] - shift[use]) ** 2 / variance[use]).sum(axis=1)
+        mean, sd = max(mean, float(noise.mean())), max(sd, float(noise.std(ddof=1)))
+    return length > mean + _CLEAR * sd
+
+
+def _classify(m: Mapping[str, float], k: int, limits: Mapping[str, float], seen: _Seen) -> str:
     """Class of a combination of ``k`` targets by the stated thresholds."""
     relative = m["magnitude"] / sqrt(k)
     if not np.isfinite(relative):
         return "undetermined"
-    if m["model_fit"] < limits["neomorphism_fit"] and m["strength"] >= limits["neomorphism_strength"]:
+    if seen.beyond and m["model_fit"] < limits["neomorphism_fit"] and m["strength"] >= limits["neomorphism_strength"]:
         return "neomorphism"
+    if not seen.singles:
+        return "undetermined"
     if m["similarity_singles"] >= limits["redundancy_similarity"] and relative <= limits["redundancy_magnitude"]:
         return "redundancy"
     if m["dominance"] >= limits["epistasis_dominance"]:
@@ -440,6 +469,18 @@ def _predicted_shifts(predicted: AnnData, genes: pd.Index, key: str, control: st
     column = key if key in predicted.obs else K.PERTURBATION
     if column not in predicted.obs:
         raise MissingKeyError(f"predicted.obs has no column {key!r} with the perturbations' labels.")
+    if K.STATUS in predicted.obs:  # a substitute such as the mean effect says nothing of interactions
+        stand_in = (predicted.obs[K.STATUS].astype(str) == K.FALLBACK).to_numpy()
+        if stand_in.any():
+            names = predicted.obs[column].astype(str)[stand_in]
+            logger.warning(
+                "genetic_interactions: %d predictions are fallbacks and left out: %s", stand_in.sum(), listing(names, 5)
+            )
+            if stand_in.all():
+                raise ScpertError(
+                    "All predictions are fallbacks (obs['status']): the model knows none of these targets."
+                )
+            predicted = predicted[~stand_in]
     position = predicted.var_names.get_indexer(genes)
     if not (position >= 0).any():
         raise ScpertError(
@@ -558,7 +599,9 @@ def genetic_interactions(
     Notes
     -----
     The classes, with the relative magnitude :math:`m = \text{magnitude}/\sqrt{k}`, tried in this order: *neomorphism*:
-    model fit below 0.5 with a strength of at least 0.5; *redundancy*: singles similar by at least 0.7 and
+    model fit below 0.5 with a strength of at least 0.5, and, of measured cells, a shift beyond the fit that is longer than its noise
+    by three standard deviations and makes up at least half of the combination's (both without the expected noise); *undetermined*:
+    no single's shift is longer than its noise by as much, and none of its genes stands out (at 0.01, Bonferroni); *redundancy*: singles similar by at least 0.7 and
     :math:`m \le 0.75`; *epistasis*: dominance of at least 0.6 (one coefficient four times the other); *synergy*:
     :math:`m \ge 1.25`; *suppression*: :math:`m \le 0.75`; else *additive*.
 
@@ -575,14 +618,17 @@ def genetic_interactions(
     """
     random_state = check_seed(random_state)
     check_fraction("confidence", confidence)
-    check_positive("n_boot", n_boot, zero=True)
-    check_positive("max_subsets", max_subsets)
-    check_positive("min_genes", min_genes)
+    if check_positive("n_boot", n_boot, zero=True) > 0:
+        n_boot = check_whole("n_boot", n_boot)
+    check_whole("max_subsets", max_subsets)
+    check_whole("min_genes", min_genes)
+    check_positive("min_zscore", min_zscore, zero=True)
     limits = dict(INTERACTION_THRESHOLDS)
     unknown = set(thresholds or ()) - set(limits)
     if unknown:
         raise ScpertError(f"thresholds has unknown names {listing(sorted(unknown))}; known are {listing(limits)}.")
-    limits.update(thresholds or {})
+    for name, value in (thresholds or {}).items():
+        limits[name] = check_positive(f"thresholds[{name!r}]", value, zero=True)
     screen = Screen(
         adata,
         perturbation_key=perturbation_key,
@@ -627,17 +673,16 @@ def genetic_interactions(
         lone = {p for p, i in shifts.row.items() if shifts.n[i] < 2}
         if control in lone:
             raise ScpertError(f"There is one control cell ({control!r}): shifts from it have no error. Measure more.")
-        skipped = sorted({p for _, p in jobs if lone & {*parse(p, control)}})
-        jobs = [job for job in jobs if job[1] not in skipped]
+        alone = [(o, p) for o, p in jobs if lone & {*parse(p, control), *([p] if o == "measured" else [])}]
+        jobs = [job for job in jobs if job not in alone]
         if not jobs:
             raise ScpertError(
-                f"No combination can be analysed: each has a single perturbation of one cell ({listing(sorted(lone))}), "
+                f"No combination can be analysed: each rests on a perturbation of one cell ({listing(sorted(lone))}), "
                 "whose shift has no error. Measure more cells of these."
             )
-        if skipped:
-            logger.warning(
-                "genetic_interactions: %d combinations have a single of one cell: %s", len(skipped), listing(skipped)
-            )
+        if alone:
+            names = sorted({p for _, p in alone})
+            logger.warning("genetic_interactions: %d combinations rest on one cell: %s", len(names), listing(names))
     rows = []
     for origin, label in progress(jobs, total=len(jobs), description="interactions", unit="combination"):
         options = (limits, min_zscore, int(min_genes), weighted, int(max_subsets), confidence)
@@ -730,14 +775,20 @@ def _analyse(
     c = fit(X[None, fitted] / fit_unit[:, None], y[None, fitted] / fit_unit, again=False)[0]
     Xs, ys = X[index] / unit[index, None], y[index] / unit[index]
     row: dict[str, Any] = _measures(Xs, ys, c, full=True)
-    kind = _classify(row, k, limits)
+    Xb = yb = None
+    seen = _Seen()
+    if origin == "measured":
+        if shifts.n_boot:
+            Xb = np.stack([shifts.resampled_shift(t) for t in singles], axis=2)
+            yb = shifts.resampled_shift(label)
+        if not shifts.effects:
+            seen = _seen(shifts, singles, label, every, X, y, c, Xb, yb, limits)
+    kind = _classify(row, k, limits, seen)
     n_cells = int(shifts.n[shifts.row[label]]) if origin == "measured" else 0
     row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(fitted))
     row.update({"class": kind, "class_confidence": np.nan})
     if shifts.n_boot:
-        if origin == "measured":
-            Xb = np.stack([shifts.resampled_shift(t) for t in singles], axis=2)
-            yb = shifts.resampled_shift(label)
+        if Xb is not None and yb is not None:
             cb = fit(Xb[:, fitted] / fit_unit[:, None], yb[:, fitted] / fit_unit)
             Xb, yb = Xb[:, index] / unit[index, None], yb[:, index] / unit[index]
         else:  # what was learned from the same cells does not vary independently of the singles: genes are drawn
@@ -747,7 +798,11 @@ def _analyse(
         replicates = [_measures(Xi, yi, ci) for Xi, yi, ci in zip(Xb, yb, cb, strict=True)]
         turned = [{name: 2 * row[name] - r[name] for name in r} for r in replicates]  # as in the limits
         turned = [r | _of_coefficients(2 * c - ci) for r, ci in zip(turned, cb, strict=True)]
-        row["class_confidence"] = float(np.mean([_classify(r, k, limits) == kind for r in turned]))
+        row["class_confidence"] = (
+            np.nan
+            if kind == "undetermined"
+            else float(np.mean([_classify(r, k, limits, seen) == kind for r in turned]))
+        )
         tail = (1 - confidence) / 2
         for name in replicates[0]:
             values = np.array([r[name] for r in replicates])
@@ -756,6 +811,44 @@ def _analyse(
                 low, high = np.quantile(values, [tail, 1 - tail])
                 row[f"{name}_lower"], row[f"{name}_upper"] = 2 * row[name] - high, 2 * row[name] - low
     return row
+
+
+def _seen(
+    shifts: _Shifts,
+    singles: Sequence[str],
+    label: str,
+    genes: np.ndarray,
+    X: np.ndarray,
+    y: np.ndarray,
+    c: np.ndarray,
+    Xb: np.ndarray | None,
+    yb: np.ndarray | None,
+    limits: Mapping[str, float],
+) -> _Seen:
+    """What of a measured combination stands out of its noise, over ``genes`` (chosen without regard to the shifts)."""
+
+    def variance(name: str) -> np.ndarray:
+        """Of the mean of its cells; few cells that happen to agree (most often in zeros) vary as the controls do."""
+        row = shifts.row[name]
+        out: np.ndarray = np.maximum(shifts.se2[row], shifts.control_sd**2 / shifts.n[row])[genes]
+        return out
+
+    own, of_label, control = np.array([variance(t) for t in singles]), variance(label), shifts.control_se2[genes]
+    X, y = X[genes], y[genes]
+    Xb, yb = (None, None) if Xb is None or yb is None else (Xb[:, genes], yb[:, genes])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.nan_to_num(X / np.sqrt(own.T + control[:, None]), posinf=0.0, neginf=0.0)
+    some = np.abs(z).max() > special.ndtri(1 - _SINGLE_GENE / (2 * z.size)) or any(
+        _stands_out(X[:, i], own[i] + control, None if Xb is None else Xb[:, :, i]) for i in range(len(singles))
+    )
+    residual = y - X @ c
+    # the controls are in all shifts
+    noise = c**2 @ own + of_label + (1 - c.sum()) ** 2 * control
+    beyond = _stands_out(residual, noise, None if Xb is None or yb is None else yb - Xb @ c)
+    unit = np.where(of_label + control > 0, of_label + control, np.inf)
+    left = float(((residual**2 - noise) / unit).sum())
+    whole = float(((y**2 - of_label - control) / unit).sum())
+    return _Seen(bool(some), beyond and left >= (1 - limits["neomorphism_fit"]) * whole)
 
 
 def evaluate_interactions(
@@ -796,7 +889,7 @@ def evaluate_interactions(
     >>> evaluate_interactions(pd.DataFrame(rows), k=1)["n"].tolist()
     [2, 2, 2, 2, 2]
     """
-    check_positive("k", k)
+    check_whole("k", k)
     if isinstance(interactions, pd.DataFrame):
         table = interactions
     elif key in interactions.uns:
