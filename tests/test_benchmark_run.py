@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import random
@@ -15,6 +16,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 import scpert
 from scpert import benchmark
@@ -456,3 +458,72 @@ def test_errors(screen, tmp_path):
         Task("x", screen, "random")
     with pytest.raises(ScpertError, match="seeds is empty"):
         benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
+
+
+def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path):
+    """Two contexts with different genes at work: what a perturbation does in one is what it does in the other."""
+    rng = np.random.default_rng(0)
+    base = rng.gamma(0.6, 3, (2, 60)) + 0.05
+    effect = np.where(rng.random((12, 60)) < 0.2, rng.normal(0, 0.8, (12, 60)), 0)
+    rows, obs = [], []
+    for c in (0, 1):
+        for p in range(-1, 12):
+            mean = base[c] * np.exp(effect[p] if p >= 0 else 0)
+            n = 120 if p < 0 else 40
+            rows.append(rng.poisson(mean / mean.sum() * 2000, size=(n, 60)))
+            obs += [("AB"[c], "control" if p < 0 else f"P{p}")] * n
+    adata = ad.AnnData(
+        sparse.csr_matrix(np.vstack(rows).astype(np.float32)),
+        obs=pd.DataFrame(obs, columns=["line", "perturbation"], index=[f"c{i}" for i in range(len(obs))]),
+        var=pd.DataFrame(index=[f"g{i}" for i in range(60)]),
+    )
+    task = Task(
+        "lines",
+        adata,
+        "contexts",
+        split_options={"context_key": "line", "fractions": (0.5, 0.2, 0.3)},
+        metrics=("pearson_delta", "mse"),
+        n_draws=2,
+    )
+    results = benchmark.run([task], ["Additive", "NoChange"], seeds=1, out=tmp_path)
+    mean = results.groupby(["model", "metric"])["value"].mean()
+    assert mean["Additive", "pearson_delta"] > 0.85
+    assert mean["Additive", "mse"] < 0.4 * mean["NoChange", "mse"]
+    with pytest.raises(ScpertError, match="predictions would start"):
+        Task("line", adata, "given", question="unseen context")
+
+
+def test_leaks_are_found_at_any_depth(screen, tmp_path):
+    task = Task("leak", screen, "perturbations", metrics=("mse",), n_draws=2)
+    for spec in (
+        ModelSpec("a", "PerturbedMean", {"tables": [{"all": (screen,)}]}),
+        ModelSpec("b", "PerturbedMean", grid={"full": [[screen]]}),
+        ModelSpec("c", "PerturbedMean", train={"x": [screen]}),
+    ):
+        results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
+        failed = results[(results["model"] == spec.name) & (results["status"] == "failed")]
+        assert len(failed) == 1 and "a leak" in failed["message"].iloc[0]
+
+
+def test_a_class_written_anew_and_another_question_are_computed_anew(screen, tmp_path):
+    task = Task("t", screen, "perturbations", metrics=("mse",), n_draws=2)
+
+    def model(name: str):
+        return type("Mine", (getattr(scpert.model, name),), {"__module__": "mine"})
+
+    first, second = (ModelSpec("mine", model(name)) for name in ("PerturbedMean", "NoChange"))
+    assert first.describe() != second.describe()
+    assert task.describe() != dataclasses.replace(task, question="another").describe()
+
+
+def test_nobody_gains_by_silence(screen, tmp_path):
+    """Without values for the perturbations that move most, a copy of the training mean is the training mean."""
+    task = Task("t", screen, "perturbations", metrics=("mse",), n_draws=2)
+    results = benchmark.run([task], ["PerturbedMean"], seeds=2, out=tmp_path)
+    own = results[results["model"] == "PerturbedMean"]
+    silent = own.assign(model="Silent")
+    silent.loc[silent["value"] > silent["value"].median(), "value"] = np.nan
+    board = benchmark.leaderboard(pd.concat([results, silent])).set_index("model")
+    assert board.loc["Silent", "value"] == pytest.approx(board.loc["training_mean", "value"], rel=1e-3)
+    assert board.loc["Silent", "n"] < board.loc["PerturbedMean", "n"]
+    assert board.loc["Silent", "rank"] >= board.loc["PerturbedMean", "rank"]

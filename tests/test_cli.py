@@ -79,3 +79,20 @@ def test_version_and_help(capsys):
             main([option])
         assert stopped.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def test_benchmark_options_and_total_failure(file, tmp_path, capsys):
+    assert main(["benchmark", "--data", str(file), "--seeds", "x", "--out", str(tmp_path / "a")]) == 2
+    assert "--seeds 'x': give numbers" in capsys.readouterr().err
+    given = ["benchmark", "--data", str(file), "--split", "given", "--out", str(tmp_path / "b"), "--seeds", "1"]
+    assert main([*given, "--models", "NoChange", "--metrics", "mse"]) == 1
+    assert "Nothing could be computed" in capsys.readouterr().out
+    other = scpert.datasets.simulated(n_cells=300, n_genes=30, n_targets=5, n_combinations=0, random_state=0)
+    scpert.pp.split(other, kind="perturbations", key_added="part")
+    other.write_h5ad(tmp_path / "other.h5ad")
+    given[2], given[6] = str(tmp_path / "other.h5ad"), str(tmp_path / "c")
+    assert (
+        main([*given, "--split-key", "part", "--covariate-keys", "batch", "--models", "Additive", "--metrics", "mse"])
+        == 0
+    )
+    assert "Additive" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from scipy import sparse
 from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr, spearmanr
 
+import scpert
 from scpert import metrics
 from scpert.errors import LabelError, ScaleError, ScpertError
 from scpert.metrics import METRICS, evaluate
@@ -491,3 +492,49 @@ def test_table_survives_parquet(truth, tmp_path):
     back = pd.read_parquet(tmp_path / "t.parquet")
     pd.testing.assert_frame_equal(back, table, check_column_type=False)
     assert back.attrs["reasons"] == table.attrs["reasons"]
+
+
+def test_one_cell_of_another_perturbation_does_not_change_the_weights(truth):
+    """A single-celled perturbation has no weights of its own; those of the others stay t statistics."""
+    labels = truth.obs["perturbation"].astype(str)
+    name = sorted(set(labels) - {"control"})[-1]
+    first = np.flatnonzero(labels == name)[0]
+    few = truth[((labels != name) | (np.arange(truth.n_obs) == first)).to_numpy()].copy()
+    guess = metrics.pseudobulk(few)
+    guess.X = guess.X + 0.1 * np.random.default_rng(0).random(guess.shape)
+    del guess.layers["delta"]
+    others = guess[guess.obs["perturbation"].astype(str) != name].copy()
+    table = metrics.evaluate(others, few, metrics=["wmse", "mse"])
+    assert not np.allclose(table["wmse"], table["mse"])
+    whole = metrics.evaluate(guess, few, metrics=["wmse", "mse"])
+    assert np.isnan(whole.loc[name, "wmse"]) and whole["wmse"].notna().sum() == len(whole) - 1
+    np.testing.assert_allclose(whole.loc[others.obs["perturbation"], "wmse"], table["wmse"])
+
+
+def test_ties_and_axes_do_not_depend_on_the_order_of_genes(truth, train):
+    """A prediction of few genes ties in all others; random numbers of axes belong to genes, not to places."""
+    names = ["jaccard_top20", "energy_distance", "sliced_wasserstein"]
+    guess = truth.copy()
+    x = _log(guess).X.toarray() if sparse.issparse(_log(guess).X) else np.asarray(_log(guess).X)
+    control = x[(truth.obs["perturbation"] == "control").to_numpy()].mean(axis=0)
+    guess.X = np.maximum(control + np.where(np.arange(truth.n_vars) < 5, x - control, 0.0), 0.0)
+    order = np.random.default_rng(0).permutation(truth.n_vars)
+    a, b = (
+        metrics.evaluate(guess[:, o].copy(), truth[:, o].copy(), train=train[:, o].copy(), metrics=names)
+        for o in (np.arange(truth.n_vars), order)
+    )
+    np.testing.assert_allclose(a[names], b[names], rtol=1e-4, atol=1e-6)
+
+
+def test_entries_that_are_stored_in_parts_are_one(truth):
+    """CSR with duplicate entries is legal: two halves of a count are the count."""
+    whole = truth.copy()
+    whole.X = sparse.csr_matrix(whole.X)
+    parts = whole.copy()
+    x = whole.X
+    parts.X = sparse.csr_matrix((np.repeat(x.data / 2, 2), np.repeat(x.indices, 2), 2 * x.indptr), shape=x.shape)
+    assert not parts.X.has_canonical_format
+    a, b = (scpert.tl.perturbation_effects(data, scale="counts") for data in (whole, parts))
+    np.testing.assert_allclose(a.X, b.X, atol=1e-6)
+    np.testing.assert_allclose(a.layers["std_error"], b.layers["std_error"], atol=1e-6)
+    assert parts.X.nnz == 2 * x.nnz  # the user's matrix stays as it was

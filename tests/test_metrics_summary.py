@@ -231,3 +231,14 @@ def test_errors_of_summaries(tables):
         metrics.ceiling(tables["reference"], kind="other")
     with pytest.raises(ScpertError, match="needs training data"):
         metrics.training_mean(metrics.Reference(tables["reference"].screen.adata))
+
+
+def test_few_perturbations_claim_little():
+    """Four of four gains are no proof: chance gives them in one of 16 cases. Twelve of twelve are."""
+    rng = np.random.default_rng(0)
+    for n, clear in ((4, False), (12, True)):
+        base = pd.DataFrame({"mse": rng.uniform(1.0, 2.0, n)}, index=[f"p{i}" for i in range(n)])
+        better = base - np.resize([0.01, 0.02, 0.03, 0.2], n)[:, None]
+        row = metrics.compare(better, base).loc["mse"]
+        assert (row["lower"] > 0) == clear and row["difference"] > 0
+        assert (row["pvals"] < 0.05) == clear

@@ -432,3 +432,54 @@ def test_limits_hold_every_gene_alike_where_rows_can_tell():
         assert new.std() < pooled.std() + 0.002 if rows == 20 else new.std() < 0.9 * pooled.std()
     alike = limit_widths(draw(60, np.full(400, 5.0)))
     assert alike.std() < 0.05 * alike.mean()
+
+
+def test_limits_of_trained_perturbations_hold_new_measurements():
+    adata = scpert.datasets.simulated(12_000, 60, 25, 0, random_state=1)
+    rng = np.random.default_rng(0)
+    half = rng.random(adata.n_obs) < 0.5
+    knowledge = pd.DataFrame(rng.normal(size=(60, 5)), index=adata.var_names)
+    train, test = adata[half].copy(), adata[~half].copy()
+    KnowledgeGP.setup_anndata(train)
+    model = KnowledgeGP(train, knowledge={"noise": knowledge})
+    model.train()
+    out = model.predict_perturbation()
+    seen = scpert.metrics.pseudobulk(test)[out.obs_names].layers["delta"] + (out.X - out.layers["delta"])
+    inside = (out.layers["lower"] <= seen) & (seen <= out.layers["upper"])
+    assert 0.85 < inside.mean() < 0.95
+
+
+def test_limits_of_doubles_come_from_doubles():
+    adata = scpert.datasets.simulated(12_000, 60, 30, 24, random_state=1)
+    labels = adata.obs["perturbation"].astype(str)
+    doubles = sorted(x for x in labels.unique() if "+" in x)
+    rng = np.random.default_rng(0)
+    knowledge = pd.DataFrame(rng.normal(size=(60, 5)), index=adata.var_names)
+    held = doubles[:8]
+    coverage = {}
+    for kept in (doubles[8:], doubles[8:11]):
+        train = adata[labels.isin(["control", *kept]) | ~labels.str.contains("+", regex=False)].copy()
+        KnowledgeGP.setup_anndata(train)
+        model = KnowledgeGP(train, knowledge={"noise": knowledge})
+        model.train()
+        out = model.predict_perturbation(held)
+        seen = scpert.metrics.pseudobulk(adata)[held].layers["delta"] + (out.X - out.layers["delta"])
+        coverage[len(kept)] = ((out.layers["lower"] <= seen) & (seen <= out.layers["upper"])).mean()
+        assert np.isfinite(out.layers["lower"]).all() == (len(kept) >= 4)
+        assert np.isfinite(out.layers["std"]).all()
+    assert coverage[len(doubles) - 8] > 0.85
+
+
+def test_one_cell_counts_for_little():
+    adata = scpert.datasets.simulated(4000, 60, 20, 0, random_state=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    name = sorted(set(labels) - {"control"})[0]
+    truth = scpert.tl.perturbation_effects(adata)[name].X.ravel()
+    few = adata[np.sort(np.r_[np.flatnonzero(labels != name), np.flatnonzero(labels == name)[:1]])].copy()
+    KnowledgeGP.setup_anndata(few)
+    knowledge = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 5)), index=adata.var_names)
+    model = KnowledgeGP(few, knowledge={"noise": knowledge})
+    model.train()
+    off = np.asarray(model.genes_) != name
+    error = np.mean((model.predict_perturbation(name).layers["delta"].ravel() - truth)[off] ** 2)
+    assert error < 0.2 * np.mean((model.effects_.delta[model.effects_.row[name]] - truth)[off] ** 2)

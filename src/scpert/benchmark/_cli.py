@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--split",
         nargs="*",
         default=["perturbations"],
-        help="perturbations, combinations, cells, contexts, folds (default: perturbations)",
+        help="perturbations, combinations, cells, contexts, folds, given (default: perturbations)",
     )
     parser.add_argument("--seeds", default="3", help="number of seeds, or a list such as 0,1,2 (default: 3)")
     parser.add_argument("--out", required=True, help="folder; a run that was stopped goes on where it was")
@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--layer", default=None)
     parser.add_argument("--scale", default="auto", help="counts, log1p, effects or auto")
     parser.add_argument("--library-size-key", default=None)
+    parser.add_argument(
+        "--covariate-keys", nargs="*", default=None, help="columns (batch, donor) within which effects are measured"
+    )
+    parser.add_argument(
+        "--context-key", default=None, help="column of the contexts (cell line, donor), for --split contexts"
+    )
+    parser.add_argument("--split-key", default=None, help="column with train, val and test, for --split given")
     parser.add_argument("--fractions", default=None, help="shares of train, val, test, such as 0.7,0.1,0.2")
     parser.add_argument("--n-folds", type=int, default=None)
     parser.add_argument("--metrics", nargs="*", default=None)
@@ -81,15 +88,18 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
         "layer": args.layer,
         "scale": args.scale,
         "library_size_key": args.library_size_key,
+        "covariate_keys": args.covariate_keys,
     }
     setup = {k: v for k, v in setup.items() if v is not None}
     options: dict[str, Any] = {}
     if args.fractions:
-        options["fractions"] = tuple(float(x) for x in args.fractions.split(","))
+        options["fractions"] = _numbers("--fractions", args.fractions, float, "0.7,0.1,0.2")
     tasks: list[Any] = []
     for file in args.data:
         for split in args.split:
-            extra = {"n_folds": args.n_folds} if split == "folds" and args.n_folds else {}
+            extra: dict[str, Any] = {"n_folds": args.n_folds} if split == "folds" and args.n_folds else {}
+            if split == "contexts" and args.context_key:
+                extra["context_key"] = args.context_key
             name = f"{Path(file).stem}_{split}"
             tasks.append(
                 Task(
@@ -98,6 +108,7 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
                     split,
                     split_options=options | extra,
                     setup=setup,
+                    **({"split_key": args.split_key} if split == "given" and args.split_key else {}),
                     metrics=tuple(args.metrics or METRICS),
                 )
             )
@@ -119,13 +130,22 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
         elif "perturbation_net" in takes and nets:  # graph models know targets by nets and annotations
             spec = replace(spec, options={"perturbation_net": nets})
         models.append(spec)
-    seeds: Any = int(args.seeds) if "," not in str(args.seeds) else [int(s) for s in args.seeds.split(",")]
+    given = _numbers("--seeds", str(args.seeds), int, "3 or 0,1,2")
+    seeds: Any = given[0] if "," not in str(args.seeds) else list(given)
     engine = _client(args.dask) if args.dask else None
     try:
         results = run(tasks, models, seeds=seeds, out=args.out, engine=engine)
     finally:
         if engine is not None:
             engine.close()
+    if (results["status"] == "failed").all():
+        first = results.drop_duplicates("message").head(3)
+        print(
+            "Nothing could be computed:",
+            *(f"  {r.task} / {r.model}: {r.message}" for r in first.itertuples()),
+            sep="\n",
+        )
+        return 1
     page = Path(args.out) / "leaderboard.html"
     board = leaderboard(results, path=page)
     board.to_csv(Path(args.out) / "leaderboard.csv", index=False)
@@ -139,6 +159,13 @@ def main(args: argparse.Namespace | Sequence[str] | None = None) -> int:
         print(f"\n{metric}\n{part.to_string(index=False, float_format=lambda x: f'{x:.4g}')}")
     print(f"\nAll metrics: {page}")
     return 0
+
+
+def _numbers(option: str, text: str, kind: type, example: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(x) for x in text.split(","))
+    except ValueError:
+        raise ScpertError(f"{option} {text!r}: give numbers, such as {example}.") from None
 
 
 def _has_edges(table: Any) -> bool:

@@ -116,9 +116,12 @@ def leaderboard(
             knows = done[done["model"] == model].drop_duplicates(["seed", "perturbation"])["known"]
             record["fallback"] = float((knows == "fallback").mean())
             use = [m for m in wanted if m in table.columns]
+            table = _set_rows(table, METRICS)
+            given = table.notna()
+            if model not in (BASELINE, CEILING):
+                table = _filled(table, base)
             cluster = pd.Series([row.split("\0")[0] for row in table.index], index=table.index)
             options: dict[str, Any] = {"clusters": cluster, "n_boot": n_boot, "random_state": random_state}
-            table = _set_rows(table, METRICS)
             scores = summarise(table, base, top, metrics=use, **options)
             paired = compare(table, base, metrics=use, **options)
             for m in use:
@@ -128,7 +131,7 @@ def leaderboard(
                     | {
                         "metric": m,
                         "value": float(table[m].mean()),
-                        "n": int(cluster[table[m].notna()].nunique()),
+                        "n": int(cluster.reindex(given.index)[given[m]].nunique()),
                         **{k: s[k] for k in ("score", "lower", "upper", "verdict")},
                         "difference": p["difference"],
                         "difference_lower": p["lower"],
@@ -167,6 +170,15 @@ def _wide(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each perturbation and seed, one column for each metric."""
     table = table.assign(row=table["perturbation"].astype(str) + "\0" + table["seed"].astype(str))
     return table.pivot_table(index="row", columns="metric", values="value", aggfunc="first", dropna=False, sort=False)
+
+
+def _filled(table: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """What a model gave no value for (a failed seed, a perturbation left out) counts as the training mean's: nobody gains by silence."""
+    there = [m for m in table.columns if m in base.columns and table[m].notna().any()]
+    rows = table.index.union(base.index, sort=False)
+    out, stand_in = table.reindex(rows), base.reindex(rows)
+    out[there] = out[there].fillna(stand_in[there])
+    return out
 
 
 def _set_rows(table: pd.DataFrame, known: Any) -> pd.DataFrame:

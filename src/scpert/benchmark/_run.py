@@ -24,6 +24,7 @@ from .._checks import listing, suggest
 from .._files import written_whole
 from .._progress import progress
 from ..errors import ScpertError, SplitError
+from ..pp._split import _context_key
 from ._task import Prepared, Task, _unique, fingerprint, prepare, refuse_leaking_options, resolve_tasks
 
 if TYPE_CHECKING:
@@ -117,9 +118,12 @@ class ModelSpec:
 
     def describe(self) -> dict[str, Any]:
         """What tells this model from another, for the name of its results."""
-        named = self.model if isinstance(self.model, str) else getattr(self.model, "__qualname__", self.name)
-        parts = {k: getattr(self, k) for k in ("options", "train", "setup", "grid")}
-        return {"name": self.name, "model": str(named), "parts": fingerprint(parts), "by": self.select_by}
+        cls = self.resolve()
+        parts: dict[str, Any] = {k: getattr(self, k) for k in ("options", "train", "setup", "grid")}
+        # a class of the user's own may be written anew under the same name
+        parts["class"] = [_code_of(c) for c in cls.__mro__]
+        named = f"{cls.__module__}.{cls.__qualname__}"
+        return {"name": self.name, "model": named, "parts": fingerprint(parts), "by": self.select_by}
 
     def candidates(self) -> Iterator[dict[str, Any]]:
         """Options to try."""
@@ -128,6 +132,16 @@ class ModelSpec:
         grid = self.grid or {}
         for values in itertools.product(*grid.values()):
             yield {**self.options, **dict(zip(grid, values, strict=True))}
+
+
+def _code_of(cls: type) -> list[Any]:
+    """Name of a class and, unless it is scpert's or a library's, what its functions do."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__.split(".")[0] in ("scpert", "builtins", "scvi", "abc", "typing"):
+        return [name]
+    functions = {k: f.__code__ for k, f in vars(cls).items() if hasattr(f, "__code__")}
+    constants = {k: [repr(c) for c in code.co_consts if not hasattr(c, "co_code")] for k, code in functions.items()}
+    return [name, cls, {k: [code.co_code.hex(), list(code.co_names), constants[k]] for k, code in functions.items()}]
 
 
 def resolve_models(models: Any) -> list[ModelSpec]:
@@ -241,8 +255,6 @@ class _Ready:
         options = {k: v for k, v in task.setup.items() if k != "covariate_keys"}
         self.references: dict[str, tuple[Any, AnnData | None]] = {}
         if task.split == "contexts":
-            from ..pp._split import _context_key
-
             column = _context_key(visible, task.split_options.get("context_key"))
             for context in sorted(set(prepared.test.obs[column].astype(str))):
                 here = prepared.test[(prepared.test.obs[column].astype(str) == context).to_numpy()].copy()
@@ -278,6 +290,9 @@ def _long(tables: Mapping[str, pd.DataFrame], head: Mapping[str, Any]) -> pd.Dat
 def _fit(spec: ModelSpec, options: Mapping[str, Any], task: Task, adata: AnnData, seed: int) -> Any:
     cls = spec.resolve()
     arguments = {k: v for k, v in task.setup.items() if v is not None} | dict(spec.setup)
+    if task.split == "contexts" and "covariate_keys" in getattr(cls, "_uses", ()):
+        # an effect is the difference to the controls of its own context, not of all
+        arguments.setdefault("covariate_keys", [_context_key(adata, task.split_options.get("context_key"))])
     cls.setup_anndata(adata, split_key=task.split_key, **arguments)  # type: ignore[attr-defined]
     model = cls(adata, **options)
     model.train(**{"random_state": seed, **spec.train})
@@ -359,7 +374,8 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
             start = time.perf_counter()
             model = None
             if isinstance(spec, ModelSpec):
-                refuse_leaking_options(spec.options, prepared, spec.name)
+                for part in (spec.options, spec.grid or {}, spec.train, spec.setup):
+                    refuse_leaking_options(part, prepared, spec.name)
                 if spec.grid:
                     _, model, chosen = _choose(spec, prepared, seed)
                 else:

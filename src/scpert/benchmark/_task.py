@@ -105,6 +105,12 @@ class Task:
         unknown = [k for k in self.setup if k not in allowed]
         if unknown:
             raise ScpertError(f"Task {self.name!r}: setup has {listing(unknown)}; allowed are {listing(allowed)}.")
+        if self.split == "given" and self.question == "unseen context" and self.setup.get("scale") != K.SCALE_EFFECTS:
+            raise ScpertError(
+                f"Task {self.name!r}: with a given split nothing says which cells are of which context, and predictions would start "
+                "from the controls of the training contexts. Use split='contexts' with split_options={'context_key': ...}, which "
+                "starts from each context's own; or call model.predict_perturbation(adata=controls) and metrics.evaluate yourself."
+            )
         if self.max_train_cells is not None:
             check_positive("max_train_cells", self.max_train_cells)
         if not self.question:
@@ -134,6 +140,7 @@ class Task:
         return {
             "name": self.name,
             "data": fingerprint(self.data),
+            "question": self.question,
             "split": self.split,
             "split_options": dict(self.split_options),
             "setup": dict(self.setup),
@@ -354,13 +361,23 @@ def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:
 
 
 def refuse_leaking_options(options: Mapping[str, Any], prepared: Prepared, where: str) -> None:
-    """Raise if an option is an AnnData with cells of test perturbations (from the test data themselves)."""
+    """Raise if an option holds, at any depth, an AnnData with cells of test perturbations (from the test data themselves)."""
     names = set(prepared.test.obs_names.astype(str))
-    for key, value in options.items():
+
+    def look(key: str, value: Any) -> None:
         if hasattr(value, "obs_names") and names & set(value.obs_names.astype(str)):
             raise SplitError(f"{where}: the option {key!r} holds test cells of task {prepared.task.name!r}: a leak.")
         if isinstance(value, Mapping):
-            refuse_leaking_options(value, prepared, where)
+            for name, inner in value.items():
+                look(f"{key}.{name}", inner)
+        elif isinstance(value, list | tuple | set):
+            for inner in value:
+                look(key, inner)
+        elif isinstance(value, functools.partial):
+            look(key, [*value.args, *value.keywords.values()])
+
+    for key, value in options.items():
+        look(str(key), value)
 
 
 # ---------------------------------------------------------------------------------------------- tasks that need no file

@@ -161,20 +161,22 @@ class Effects:
         return {t[0]: i for i, t in enumerate(self.targets) if len(t) == 1}
 
     def sampling_variance(self) -> np.ndarray:
-        """Squared standard errors, float64 ``(perturbation, gene)``; where one is unknown (one cell), what a cell has, over the cells.
+        """Squared standard errors, float32 ``(perturbation, gene)``; where one is unknown (one cell), what a cell has, over the cells.
 
         What a cell has is the mean over the rows where it is known of the squared error times the cells; of a gene where no row
         knows it, the mean of the other genes. Zero if no error is known at all.
         """
-        square = self.std_error.astype(np.float64) ** 2
-        known = np.isfinite(square)
-        if known.all() or not known.any():
-            return np.nan_to_num(square)
+        known = np.isfinite(self.std_error)
+        if not known.any():
+            return np.zeros(self.std_error.shape, dtype=np.float32)
+        square = self.std_error.astype(np.float32) ** 2
+        if known.all():
+            return square
         n = np.asarray(self.n_cells, dtype=np.float64)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
             of_cell = np.where(known, square * n, 0.0).sum(axis=0) / known.sum(axis=0)
         of_cell = np.where(np.isfinite(of_cell), of_cell, np.nanmean(of_cell))
-        return np.where(known, square, of_cell / n)
+        return np.where(known, square, of_cell / n).astype(np.float32)
 
     @property
     def mean(self) -> np.ndarray:

@@ -46,6 +46,9 @@ def _as_csr(block: Any) -> sparse.csr_matrix:
             raise ScaleError(f"The matrix holds {block.dtype}, not numbers.")
         block = sparse.csr_matrix(block.astype(_safe_dtype(block.dtype), copy=False))
     out = block.tocsr()
+    if not out.has_canonical_format:  # entries that are to be added up would be taken one by one
+        out = out.copy()
+        out.sum_duplicates()
     dtype = _safe_dtype(out.dtype)
     return sparse.csr_matrix((out.data.astype(dtype, copy=False), out.indices, out.indptr), shape=out.shape)
 

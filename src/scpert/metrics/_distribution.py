@@ -143,7 +143,11 @@ def components(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
         cells = screen.rows(rows)[:, names].toarray().astype(np.float64)
         mean = cells.mean(axis=0)
         k = min(N_COMPONENTS, *cells.shape)
-        axes = randomized_svd(cells - mean, k, random_state=pair.random_state)[2].T if k else np.zeros((len(mean), 0))
+        axes = np.zeros((len(mean), k))
+        if k:  # random numbers belong to genes, not to places, and signs to axes: no figure depends on the order of the genes
+            order = np.argsort(np.asarray(pair.genes, dtype=str), kind="stable")
+            found = randomized_svd((cells - mean)[:, order], k, random_state=pair.random_state)[2].T
+            axes[order] = found * np.where(found[np.abs(found).argmax(axis=0), np.arange(k)] < 0, -1.0, 1.0)
         cache[key] = (mean, axes)
     pair.__dict__["components"] = cache[key]
     return cache[key]

@@ -7,7 +7,7 @@ in chunks and never made dense as a whole.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -501,7 +501,7 @@ class Pair:
         size = np.abs(self.delta)
         if without_targets:
             size = np.where(self.not_target, size, -1.0)
-        return top_mask(size, k)
+        return top_mask(size, k, self.genes)
 
     def observed_cells(self, label: str) -> sparse.csr_matrix:
         """Observed cells (perturbation or control) in :attr:`genes`."""
@@ -514,9 +514,22 @@ class Pair:
         return self.prediction.cells(label, self.pred_gene_index)
 
 
-def top_mask(size: np.ndarray, k: int) -> np.ndarray:
-    """True at the ``k`` largest entries of each row."""
+def top_mask(size: np.ndarray, k: int, names: Sequence[str] | np.ndarray) -> np.ndarray:
+    """True at the ``k`` largest entries of each row; of equal ones at those whose gene's name comes first, in any order of genes."""
     k = min(k, size.shape[1])
-    out = np.zeros(size.shape, dtype=bool)
-    np.put_along_axis(out, np.argpartition(-size, k - 1, axis=1)[:, :k], True, axis=1)
-    return out
+    bar = np.partition(size, size.shape[1] - k, axis=1)[:, [size.shape[1] - k]]
+    out, tied = size > bar, size == bar
+    left = k - out.sum(axis=1, keepdims=True)
+    for i in np.flatnonzero(tied.sum(axis=1) > left[:, 0]):
+        at = np.flatnonzero(tied[i])
+        tied[i] = False
+        tied[i, at[np.argsort(np.asarray(names, dtype=str)[at], kind="stable")[: left[i, 0]]]] = True
+    return out | tied
+
+
+def top_share(size: np.ndarray, k: int) -> np.ndarray:
+    """1 at the ``k`` largest entries of each row; equal ones at the end share the places that are left."""
+    k = min(k, size.shape[1])
+    bar = np.partition(size, size.shape[1] - k, axis=1)[:, [size.shape[1] - k]]
+    above, tied = size > bar, size == bar
+    return above + tied * (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)

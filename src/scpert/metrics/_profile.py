@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._pair import FLAT, Pair, top_mask
+from ._pair import FLAT, Pair, top_mask, top_share
 from ._registry import Undefined, metric
 
 DELTA_EXPLOIT = "predicting the average response of all perturbations scores high (systematic variation)"
@@ -211,7 +211,7 @@ def pearson_delta_top20_train(pair: Pair) -> np.ndarray:
     """Correlation of the shifts over 20 genes chosen on training data."""
     if pair.train_effects is None or len(pair.train_effects) < 2:
         raise Undefined("needs train= with control cells and at least two perturbations: they choose the genes")
-    mask = top_mask(pair.train_effects.var(axis=0)[None, :], 20)
+    mask = top_mask(pair.train_effects.var(axis=0)[None, :], 20, pair.genes)
     return correlate(pair, pair.predicted_delta, pair.delta, np.broadcast_to(mask, pair.delta.shape))
 
 
@@ -346,9 +346,11 @@ def rest_weights(pair: Pair) -> np.ndarray:
     if len(ref.perturbations) < 2:
         raise Undefined("needs at least two observed perturbations: the weights compare each with the rest")
     mean, n = ref.mean[:, pair.gene_index], ref.n_cells[:, None].astype(float)
-    if ref.scale == "effects" or np.isnan(ref.var[pair.ref_index]).any():
+    if ref.scale == "effects" or (n < 2).all():
         if (n > 1).any():
-            raise Undefined("needs at least two cells of each perturbation: the weights are t statistics")
+            raise Undefined(
+                "needs one row of each perturbation of a table of effects: the weights compare each with the rest"
+            )
         if len(mean) < 3:
             raise Undefined("needs at least three observed perturbations: the weights compare each with the rest")
         # one row per perturbation: its distance from the others, in their standard deviations
@@ -358,17 +360,22 @@ def rest_weights(pair: Pair) -> np.ndarray:
         t = np.abs(mean - rest) / np.where(sd > 0, sd, np.inf)
     else:
         var = ref.var[:, pair.gene_index]
-        square = var * (n - 1) + n * mean**2
+        square = np.where(n > 1, var * (n - 1), 0.0) + n * mean**2  # one cell does not vary within its perturbation
         rest_n = n.sum() - n
         rest_mean = ((n * mean).sum(axis=0) - n * mean) / rest_n
         rest_var = (square.sum(axis=0) - square - rest_n * rest_mean**2) / (rest_n - 1)
         se = np.sqrt(np.maximum(var / n + rest_var / rest_n, 0))
         t = np.where(se > 0, np.abs(mean - rest_mean) / np.where(se > 0, se, 1), 0.0)
+        t[n[:, 0] < 2] = np.nan  # its own variance is not known
     t = t[pair.ref_index]
     low, high = t.min(axis=1, keepdims=True), t.max(axis=1, keepdims=True)
     w = ((t - low) / np.where(high > low, high - low, 1)) ** 2
     total = w.sum(axis=1, keepdims=True)
-    return np.where(total > 0, w / np.where(total > 0, total, 1), 1 / w.shape[1])
+    out = np.where(total > 0, w / np.where(total > 0, total, 1), 1 / w.shape[1])
+    return np.where(np.isnan(t), np.nan, out)
+
+
+_ONE_CELL = "needs at least two cells of the perturbation: the weights are t statistics"
 
 
 @metric(
@@ -380,7 +387,10 @@ def rest_weights(pair: Pair) -> np.ndarray:
 )
 def wmse(pair: Pair) -> np.ndarray:
     """Squared error weighted by how specific a gene's change is."""
-    return (rest_weights(pair) * (pair.predicted - pair.observed) ** 2).sum(axis=1)
+    out = (rest_weights(pair) * (pair.predicted - pair.observed) ** 2).sum(axis=1)
+    if np.isnan(out).any():
+        raise_partial(out, _ONE_CELL)
+    return out
 
 
 @metric(
@@ -397,8 +407,8 @@ def r2_weighted(pair: Pair) -> np.ndarray:
     below = (w * (pair.observed - r) ** 2).sum(axis=1)
     flat = below <= FLAT**2
     out = np.where(flat, np.nan, 1 - (w * (pair.predicted - pair.observed) ** 2).sum(axis=1) / np.where(flat, 1, below))
-    if flat.any():
-        raise_partial(out, "the observed profile equals the training centroid")
+    if np.isnan(out).any():
+        raise_partial(out, np.where(flat, "the observed profile equals the training centroid", _ONE_CELL))
     return out
 
 
@@ -409,8 +419,9 @@ def _jaccard(pair: Pair, k: int) -> np.ndarray:
     if pair.delta.shape[1] <= k:
         raise Undefined(f"needs more than {k} genes: with {pair.delta.shape[1]} every set is the same")
     flat = np.abs(pair.predicted_delta).max(axis=1) <= FLAT
-    a, b = top_mask(np.abs(pair.predicted_delta), k), pair.top(k)
-    out = np.where(flat, np.nan, (a & b).sum(axis=1) / (a | b).sum(axis=1))
+    # genes that are predicted to change alike share the last places, as a draw among them would give on average
+    shared = (top_share(np.abs(pair.predicted_delta), k) * pair.top(k)).sum(axis=1)
+    out = np.where(flat, np.nan, shared / (2 * k - shared))
     if flat.any():
         raise_partial(out, "the predicted shift is zero in all genes: no order of genes")
     return out
@@ -420,7 +431,7 @@ def _jaccard(pair: Pair, k: int) -> np.ndarray:
     "jaccard_top20",
     best=1,
     chance=0.0,
-    formula="|T̂ ∩ T| / |T̂ ∪ T|, T = 20 largest |δ_pg|",
+    formula="|T̂ ∩ T| / |T̂ ∪ T|, T = 20 largest |δ_pg|, tied places of T̂ by shares",
     source="SAMS-VAE (Bereket & Karaletsos 2023)",
     exploit=DELTA_EXPLOIT,
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
+from scipy import sparse, stats
 
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_positive, check_seed, listing
@@ -27,6 +27,8 @@ __all__ = ["by_chance", "ceiling", "compare", "dynamic_range", "pseudobulk", "su
 logger = logging.getLogger("scpert")
 
 NOTHING = "nothing to predict here"
+#: With fewer clusters than that, percentiles of the bootstrap claim too much.
+_FEW = 8
 
 
 # ---------------------------------------------------------------------------------------------- predictions to compare with
@@ -413,6 +415,25 @@ def _resampler(
     return draws[:, groups].astype(float)
 
 
+def _n_clusters(rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None) -> int:
+    lookup = {} if clusters is None else dict(clusters.items())
+    return len({str(lookup.get(p, f"\0{p}")) for p in rows})
+
+
+def _stretched(boot: np.ndarray, estimate: float, k: int, percent: float = 2.5) -> np.ndarray:
+    """Bootstrap replicates; of fewer than eight clusters moved from the estimate, as Student's t is wider than the normal.
+
+    A bootstrap of few clusters does not leave their range and has (k - 1) / k of their variance (Hesterberg 2015): four positive
+    values of four, which chance gives in one of 16 cases, would always have a limit above zero.
+    """
+    if not 2 <= k < _FEW:
+        return boot
+    share = percent / 100
+    wider = stats.t.isf(share, k - 1) * np.sqrt(k / (k - 1)) / stats.norm.isf(share)
+    out: np.ndarray = estimate + wider * (boot - estimate)
+    return out
+
+
 def _weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     total = weights.sum(axis=1)
     return np.where(total > 0, weights @ values / np.where(total > 0, total, 1), np.nan)
@@ -448,7 +469,7 @@ def summarise(
     clusters
         Perturbation -> cluster (a complex): whole clusters are resampled together.
     n_boot, confidence, random_state
-        Bootstrap over perturbations.
+        Bootstrap over perturbations. With fewer than eight limits are wider, by Student's t.
 
     Returns
     -------
@@ -539,12 +560,15 @@ def _score(
     else:
         weights = _resampler(rows, clusters, n_boot, seed)
         m, b, c = (_weighted_means(values[:, i], weights) for i in range(3))
-        gaps = sign * (c - b)
-        clear = np.nanpercentile(gaps, 2.5) > 1e-9
+        gaps, k = sign * (c - b), _n_clusters(rows, clusters)
+        clear = np.nanpercentile(_stretched(gaps, gap, k), 2.5) > 1e-9
         clear &= not _no_better(values[:, 2], mismatched, rows, sign, clusters, n_boot, seed, is_set)
         with np.errstate(invalid="ignore", divide="ignore"):
             scores = np.where(gaps > 1e-9, sign * (m - b) / gaps, np.nan)
-        lower, upper = np.nanpercentile(scores, [tail, 100 - tail]) if np.isfinite(scores).any() else (np.nan, np.nan)
+        lower = upper = np.nan
+        if gap > 1e-9 and np.isfinite(scores).any():
+            scores = _stretched(scores, sign * (model - base) / gap, k, tail)
+            lower, upper = np.nanpercentile(scores, [tail, 100 - tail])
     if not clear:
         record["verdict"] = f"{NOTHING}: the replicate is not clearly better than the training mean"
         return
@@ -583,7 +607,9 @@ def _no_better(
         return bool(known.any() and own.mean() <= 1e-9)
     if known.sum() < 2:
         return False
-    return bool(np.nanpercentile(_weighted_means(own, _resampler(rows[known], clusters, n_boot, seed)), 0.5) <= 1e-9)
+    boot = _weighted_means(own, _resampler(rows[known], clusters, n_boot, seed))
+    boot = _stretched(boot, float(own.mean()), _n_clusters(rows[known], clusters), 0.5)
+    return bool(np.nanpercentile(boot, 0.5) <= 1e-9)
 
 
 def compare(
@@ -644,11 +670,10 @@ def compare(
             difference = sign * _snap(values[ok, 0] - values[ok, 1], values[ok, 1])
             record["difference"] = difference.mean()
             kept = np.asarray(rows, dtype=object)[ok]
-            lookup = {} if clusters is None else dict(clusters.items())
-            record["n_clusters"] = len({lookup.get(p, p) for p in kept})
+            record["n_clusters"] = _n_clusters(kept, clusters)
             if METRICS[name].level != "set" and record["n_clusters"] > 1:
                 boot = _weighted_means(difference, _resampler(kept, clusters, n_boot, random_state))
-                boot = boot[np.isfinite(boot)]
+                boot = _stretched(boot[np.isfinite(boot)], difference.mean(), record["n_clusters"], tail)
                 record["lower"], record["upper"] = np.percentile(boot, [tail, 100 - tail])
                 tails = min((np.sum(boot <= 0) + 1), (np.sum(boot >= 0) + 1)) / (len(boot) + 1)
                 record["pvals"] = float(min(1.0, 2 * tails))
@@ -722,9 +747,9 @@ def dynamic_range(
                 weights = _resampler(np.asarray(rows, dtype=object)[ok], None, n_boot, random_state)
                 neg, pos, won = (_weighted_means(x, weights) for x in (v[:, 0], v[:, 1], wins))
                 with np.errstate(invalid="ignore", divide="ignore"):
-                    drf = np.where(neg != best, (neg - pos) / (neg - best), np.nan)
+                    drf = _stretched(np.where(neg != best, (neg - pos) / (neg - best), np.nan), record["drf"], len(v))
                 record["drf_lower"] = float(np.nanpercentile(drf, 2.5)) if np.isfinite(drf).any() else np.nan
-                record["bds_lower"] = float(np.nanpercentile(won, 2.5))
+                record["bds_lower"] = float(np.nanpercentile(_stretched(won, record["bds"], len(v)), 2.5))
                 wrong = ceiling.attrs.get("mismatched", {}).get(name, {})
                 kept = np.asarray(rows, dtype=object)[ok]
                 other = np.array([wrong.get(row, np.nan) for row in kept], dtype=float)

@@ -1255,7 +1255,16 @@ class ClosedFormModel(PerturbationModel):
     """
 
     _scales: tuple[str, ...] = K.SCALES
+    _uses = ("library_size_key", "covariate_keys")
+    _stratified = True
     _fitted: tuple[str, ...] = ()
+
+    def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
+        """Control cells, whose covariates do not matter: a shift is the same in every stratum."""
+        values = screen.rows(rows, normalised=False)
+        size = screen.library_size[rows] if screen.scale == K.SCALE_COUNTS else np.full(len(rows), K.TARGET_SUM)
+        covariates = np.zeros((len(rows), len(self.covariates_)), dtype=np.int64)
+        return Reference(values, size.astype(np.float32), covariates, screen.scale)
 
     def train(
         self,

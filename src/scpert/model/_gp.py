@@ -26,6 +26,8 @@ __all__ = ["KnowledgeGP"]
 
 logger = logging.getLogger("scpert")
 
+_NORMAL = 1.645  # standard deviations that hold 90 %
+_FEWEST_DOUBLES = 4
 #: Rows on which weights, noise and limits are learned; more training perturbations than that are sampled.
 MAX_LEARN = 1000
 #: Components kept when ``rank`` is not given.
@@ -190,6 +192,13 @@ def _mean_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(np.einsum("ij,ij->i", a, b) / np.maximum(size, 1e-12)))
 
 
+def _drawn_sd(errors: np.ndarray, prior_rows: float = 10.0) -> np.ndarray:
+    """Root mean square of each gene's errors ``(row, gene)``, drawn to that of all genes with the weight of some rows."""
+    square = errors**2
+    out: np.ndarray = np.sqrt((square.sum(axis=0) + prior_rows * square.mean()) / (len(errors) + prior_rows))
+    return out
+
+
 class KnowledgeGP(KnowledgeModel):
     r"""Predicts unseen perturbations from prior knowledge, in closed form.
 
@@ -234,7 +243,10 @@ class KnowledgeGP(KnowledgeModel):
     Combinations are sums over targets, times a scale, plus a low-rank interaction (ridge on :math:`u_a + u_b` and
     :math:`u_a \circ u_b`), both learned from training combinations by leave-one-out, and left out where they do not
     help; if all targets are unseen, as far as the knowledge is trusted, and the mean once for the rest.
-    ``layers["lower"]`` and ``["upper"]`` hold 90 % limits for a new measurement of the effect, ``["std"]`` its standard deviation.
+    ``layers["lower"]`` and ``["upper"]`` hold 90 % limits for a new measurement of the effect (of a trained perturbation, with as
+    many cells), ``["std"]`` its standard deviation (of a trained one, that of the effect). Those of combinations of trained targets
+    come from left-out training doubles; with fewer than four of these nothing is known of how far effects add up, and the limits are
+    NaN, as are those of more than two trained targets.
 
     Examples
     --------
@@ -250,6 +262,7 @@ class KnowledgeGP(KnowledgeModel):
     """
 
     _fitted = (
+        "double_sd_",
         "singles_", "theta_", "similarity_weights_", "axes_", "centre_", "scale_row_", "alpha_", "scores_", "noise_row_",
         "noise_component_", "gain_", "response_", "trust_", "learn_", "inverse_", "mix_", "floor_", "amplitude_", "low_", "high_", "gene_sd_", "spread_",
         "quantile_", "held_out_", "interaction_", "kernel_names_",
@@ -381,8 +394,9 @@ class KnowledgeGP(KnowledgeModel):
         """Relative noise of rows from their standard errors, or from cell numbers; mean 1."""
         e = self.effects_
         rows = [e.singles[t] for t in self.singles_]
-        error2 = e.sampling_variance()[rows].sum(axis=1) / scale**2
-        if not np.isfinite(e.std_error).any():
+        if np.isfinite(e.std_error).any():
+            error2 = e.sampling_variance()[rows].sum(axis=1, dtype=np.float64) / scale**2
+        else:
             n = np.maximum(e.n_cells[rows].astype(np.float64), 1.0)
             if np.ptp(n) == 0:
                 return np.ones(len(rows))
@@ -609,7 +623,8 @@ class KnowledgeGP(KnowledgeModel):
         e = self.effects_
         doubles = [i for i, t in enumerate(e.targets) if len(t) == 2 and all(x in e.singles for x in t)]
         self.interaction_: dict[str, Any] = {"scale": 1.0, "used": False}
-        if len(doubles) < 4:
+        self.double_sd_ = np.full(self.n_genes, np.nan)  # without doubles nothing is known of how far effects add up
+        if len(doubles) < _FEWEST_DOUBLES:
             return
         base = np.stack([e.delta[[e.singles[x] for x in e.targets[i]]].sum(axis=0) for i in doubles]).astype(np.float64)
         truth = e.delta[doubles].astype(np.float64)
@@ -617,6 +632,7 @@ class KnowledgeGP(KnowledgeModel):
         left = np.clip((cross.sum() - cross) / np.maximum(square.sum() - square, 1e-12), 0.0, 1.5)
         additive = ((truth - base) ** 2).sum()
         errors = truth - left[:, None] * base
+        self.double_sd_ = _drawn_sd(truth - base if (errors**2).sum() >= additive else errors)
         if (errors**2).sum() >= additive:
             return
         scale = float(np.clip(cross.sum() / max(square.sum(), 1e-12), 0.0, 1.5))
@@ -640,6 +656,8 @@ class KnowledgeGP(KnowledgeModel):
             dual = vectors @ (rotated / (np.maximum(values, 0.0) + ridge)[:, None])
             weights = (phi.T @ dual) / norm
             self.interaction_ = {"scale": scale, "used": True, "axes": axes, "weights": weights}
+            h = 1.0 / (np.maximum(values, 0.0) + ridge)
+            self.double_sd_ = _drawn_sd((vectors @ (h[:, None] * rotated)) / ((vectors**2) @ h)[:, None])
 
     def _pair_features(
         self, axes: np.ndarray, a: str, b: str, shifts: dict[str, np.ndarray] | None = None
@@ -686,9 +704,12 @@ class KnowledgeGP(KnowledgeModel):
             shift, sd = self._predict_unseen(unseen)
             e.put_own([(x,) for x in unseen], shift, sd)
             shifts, sds = dict(zip(unseen, shift, strict=True)), dict(zip(unseen, sd, strict=True))
+        known = np.isfinite(e.std_error).any() and any(x in e.singles for x in names)
+        variance = e.sampling_variance() if known else None
+        typical = None if variance is None else np.median(variance, axis=0)
         for x in names:
             if x in e.singles:
-                shifts[x], sds[x] = self._posterior(x)
+                shifts[x], sds[x] = self._posterior(x, variance, typical)
             elif x not in shifts:
                 shifts[x], sds[x] = e.mean, e.delta.std(axis=0)
         n = len(targets)
@@ -697,8 +718,9 @@ class KnowledgeGP(KnowledgeModel):
         for i, t in enumerate(targets):
             row = e.row.get(join(t, self.control_))
             if row is not None:
-                delta[i], std[i] = self._posterior(t[0]) if len(t) == 1 else (e.delta[row], e.std_error[row])
-                half[i] = 1.645 * std[i]
+                delta[i], std[i] = (shifts[t[0]], sds[t[0]]) if len(t) == 1 else (e.delta[row], e.std_error[row])
+                noise = e.std_error[row] if variance is None else np.sqrt(variance[row])
+                half[i] = _NORMAL * np.hypot(std[i], noise)  # a new measurement has its own noise
                 continue
             total = np.sum([shifts[x] for x in t], axis=0)
             if len(t) > 1:
@@ -710,24 +732,36 @@ class KnowledgeGP(KnowledgeModel):
                     total = total + trust * (pair @ self.interaction_["weights"])
             delta[i] = total
             std[i] = np.sqrt(np.sum([sds[x] ** 2 for x in t], axis=0))
-            half[i] = std[i] * (self.quantile_ if any(x in unseen for x in t) else 1.645)
+            if any(x in unseen for x in t):
+                half[i] = std[i] * self.quantile_
+            elif len(t) == 1 or not all(x in e.singles for x in t):
+                half[i] = _NORMAL * std[i]
+            elif len(t) == 2:
+                std[i] = np.where(np.isfinite(self.double_sd_), self.double_sd_, std[i])
+                half[i] = _NORMAL * self.double_sd_
+            else:
+                half[i] = np.nan
             fallback[i] = not all(self._covers(x) for x in t)
         lower, upper = delta - half, delta + half
         return Prediction(delta, std, lower, upper, fallback)
 
-    def _posterior(self, target: str) -> tuple[np.ndarray, np.ndarray]:
+    def _posterior(
+        self, target: str, variance: np.ndarray | None, typical: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Own effect of a trained target, shrunk by its standard errors to what is predicted without it, but for its own gene."""
         e = self.effects_
         row = e.singles[target]
         own, where = e.delta[row].astype(np.float64), np.flatnonzero(self.singles_ == target)
-        if len(where) == 0 or not np.isfinite(e.std_error).any():
+        if len(where) == 0 or variance is None or typical is None:
             return own, e.std_error[row].astype(np.float64)
-        variance = e.sampling_variance()
-        error2 = variance[row]
-        prior2 = np.maximum(self.gene_sd_**2 - np.median(variance, axis=0), 0.1 * self.gene_sd_**2)
+        error2 = variance[row].astype(np.float64)
+        prior2 = np.maximum(self.gene_sd_**2 - typical, 0.1 * self.gene_sd_**2)
         weight = prior2 / (prior2 + error2)
         weight[e.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
-        return weight * own + (1 - weight) * self.held_out_[where[0]], np.sqrt(weight * error2)
+        told = self.held_out_[where[0]]
+        # effects are sparse: one that is far from what is told stands for itself
+        apart = np.maximum(prior2, (own - told) ** 2 - error2)
+        return weight * own + (1 - weight) * told, np.sqrt(weight**2 * error2 + (1 - weight) ** 2 * apart)
 
     # ------------------------------------------------------------------------------------------ explanation
 
