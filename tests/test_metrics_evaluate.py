@@ -343,7 +343,7 @@ def test_tables_of_effects():
     np.testing.assert_allclose(perfect["pearson_delta_centroid"], 1)
     np.testing.assert_allclose(perfect["r2_weighted"], 1)
     top = metrics.ceiling(test, scale="effects", metrics=["mse"])
-    assert "no cells to halve" in top.attrs["reasons"]["mse"]["all"]
+    assert "without standard errors has no halves" in top.attrs["reasons"]["mse"]["all"]
 
 
 def test_effects_with_a_control_that_is_not_zero_are_refused():

@@ -242,3 +242,34 @@ def test_few_perturbations_claim_little():
         row = metrics.compare(better, base).loc["mse"]
         assert (row["lower"] > 0) == clear and row["difference"] > 0
         assert (row["pvals"] < 0.05) == clear
+
+
+def test_tables_of_effects_are_halved_by_their_standard_errors():
+    """The halves are as alike as those of the cells; noise alone has nothing to predict."""
+    found = {}
+    for size in (0.0, 1.5):
+        adata = scpert.datasets.simulated(3000, 60, 20, 0, effect_size=size, random_state=1)
+        effects = scpert.tl.perturbation_effects(adata)
+        options = {"metrics": ["pearson_delta", "mse"], "n_draws": 10}
+        table = metrics.ceiling(effects, scale="effects", train=effects, **options)
+        cells = metrics.ceiling(adata, train=adata, **options)
+        assert table["pearson_delta"].mean() == pytest.approx(cells["pearson_delta"].mean(), abs=0.12)
+        base = metrics.evaluate(
+            metrics.training_mean(metrics.Reference(effects, effects, scale="effects")),
+            metrics.Reference(effects, effects, scale="effects"),
+            metrics=["pearson_delta", "mse"],
+        )
+        found[size] = metrics.summarise(base, base, table)["verdict"]
+    assert found[0.0].str.startswith("nothing to predict").all()
+    assert not found[1.5].str.startswith("nothing to predict").any()
+    del effects.layers["std_error"]
+    assert metrics.ceiling(effects, scale="effects", metrics="mse")["mse"].isna().all()
+
+
+def test_library_size_of_train_is_asked_for():
+    adata = scpert.datasets.simulated(300, 40, 5, 0, random_state=0)
+    adata.obs["size"] = np.asarray(adata.X.sum(axis=1)).ravel()
+    train = adata.copy()
+    del train.obs["size"]
+    with pytest.raises(ScpertError, match="library_size_key of train"):
+        metrics.Reference(adata, train, library_size_key="size")

@@ -483,3 +483,16 @@ def test_one_cell_counts_for_little():
     off = np.asarray(model.genes_) != name
     error = np.mean((model.predict_perturbation(name).layers["delta"].ravel() - truth)[off] ** 2)
     assert error < 0.2 * np.mean((model.effects_.delta[model.effects_.row[name]] - truth)[off] ** 2)
+
+
+def test_two_known_targets_teach_nothing():
+    adata = scpert.datasets.simulated(600, 40, 6, 0, random_state=0)
+    effects = scpert.tl.perturbation_effects(adata)
+    few = effects[:2].copy()
+    knowledge = pd.DataFrame(np.random.default_rng(0).normal(size=(40, 4)), index=adata.var_names)
+    KnowledgeGP.setup_anndata(few, scale="effects")
+    model = KnowledgeGP(few, knowledge={"k": knowledge})
+    model.train()
+    other = next(g for g in adata.var_names if g not in set(effects.obs_names))
+    assert model.predict_perturbation(other).obs["status"].iloc[0] == "fallback"
+    assert not model.coverage(other)["predictable"].any()

@@ -201,6 +201,9 @@ def _no_claims(board: pd.DataFrame, known: Any) -> pd.DataFrame:
         hopeless = set(part.loc[nothing & relative, "metric"])
         if relative.any() and hopeless >= set(part.loc[relative, "metric"]):
             hopeless |= set(part["metric"])
+            failed = part["verdict"].astype(str).str.startswith("failed")
+            bare = part.index[~nothing & ~failed & part["score"].isna() & part["metric"].isin(hopeless)]
+            board.loc[bare, "verdict"] = f"{NOTHING}: no metric tells a replicate from the training mean"
         rows = part.index[part["metric"].isin(hopeless)]
         gain = rows[board.loc[rows, "difference"].to_numpy(dtype=float) > 0]
         board.loc[gain, ["difference_lower", "difference_upper", "pvals"]] = np.nan

@@ -514,7 +514,9 @@ def run(
     ['NoChange', 'ceiling', 'mismatched', 'training_mean']
     """
     task_list, specs = resolve_tasks(tasks), resolve_models(models)
-    seed_list = list(range(seeds)) if isinstance(seeds, (int, np.integer)) else [int(s) for s in seeds]
+    seed_list = (
+        list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(dict.fromkeys(int(s) for s in seeds))
+    )
     if not seed_list:
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:

@@ -306,7 +306,11 @@ def prepare(task: Task, seed: int) -> Prepared:
             if label != task.control:
                 rows = np.flatnonzero((labels == label) & (split == K.TRAIN))
                 visible[rng.permutation(rows)[task.max_train_cells :]] = False
-    return Prepared(task, seed, adata[visible].copy(), adata[test].copy(), group)
+    seen = adata[visible].copy()
+    for place in ("uns", "obsm", "varm", "obsp", "varp"):  # results over all cells, a simulation's truth
+        for name in list(getattr(seen, place)):
+            del getattr(seen, place)[name]
+    return Prepared(task, seed, seen, adata[test].copy(), group)
 
 
 def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:

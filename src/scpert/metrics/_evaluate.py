@@ -94,6 +94,10 @@ def evaluate(
     True
     """
     random_state = check_seed(random_state)
+    if not hasattr(predicted, "obs_names"):
+        raise ScpertError(
+            f"predicted must be an AnnData, as a model's predict_perturbation returns it; got {type(predicted).__name__}."
+        )
     if isinstance(observed, Reference):
         reference = observed
     else:

@@ -134,8 +134,8 @@ class Reference:
         self.train: Screen | None = None
         if train is not None:
             options["scale"] = self.scale if self.scale == K.SCALE_EFFECTS else scale
-            if library_size_key is not None and library_size_key not in train.obs:
-                options["library_size_key"] = None
+            if library_size_key is not None and self.scale != K.SCALE_EFFECTS:
+                check_obs_key(train, library_size_key, "library_size_key of train")
             self.train = Screen(train, **options, require_control=False)
             if self.train.scale == K.SCALE_EFFECTS and self.scale != K.SCALE_EFFECTS:
                 raise ScaleError("train holds effects but observed holds cells: give both on the same scale.")

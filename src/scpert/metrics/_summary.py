@@ -14,6 +14,7 @@ from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_positive, check_seed, listing
 from .._docs import shared_docs
 from .._progress import progress
+from ..data._effects import Effects
 from ..errors import ScpertError
 from ._evaluate import compute
 from ._pair import Blocks, Pair, Reference
@@ -133,7 +134,8 @@ def ceiling(
 
     In each draw the cells of every perturbation and the controls are cut into two disjoint halves; one half plays the
     prediction, the other the truth. The table is the mean over the draws. Halves have half the cells, so a model that is
-    compared with all test cells can exceed the ceiling a little.
+    compared with all test cells can exceed the ceiling a little. A table of effects is cut by its standard errors
+    (``layers["std_error"]``): noise of their size is added to one half and subtracted from the other.
 
     Parameters
     ----------
@@ -183,12 +185,16 @@ def ceiling(
     if kind == "interpolated" and reference.centroid is None:
         raise ScpertError("The interpolated duplicate needs training data (train=): it shrinks towards their mean.")
     labels = reference.perturbations
+    noise = None
     if reference.scale == K.SCALE_EFFECTS:
-        reason = "a table of effects has no cells to halve: give a replicate table as a prediction instead"
-        return _empty(labels, names, reason)
-    if len(reference.rows[reference.control]) < 2:
+        effects = Effects.from_screen(reference.screen)
+        if not np.isfinite(effects.std_error).any():
+            reason = "a table of effects without standard errors has no halves: give a replicate table as a prediction instead"
+            return _empty(labels, names, reason)
+        noise = np.sqrt(effects.sampling_variance()[[effects.row[p] for p in labels]].astype(np.float64))
+    elif len(reference.rows[reference.control]) < 2:
         return _empty(labels, names, "fewer than two control cells: they cannot be halved")
-    usable = [p for p in labels if len(reference.rows[p]) >= 2]
+    usable = list(labels) if noise is not None else [p for p in labels if len(reference.rows[p]) >= 2]
     if not usable:
         return _empty(labels, names, "fewer than two cells in each perturbation: they cannot be halved")
     generators = np.random.default_rng(random_state).spawn(int(n_draws))
@@ -199,7 +205,7 @@ def ceiling(
     reasons: dict[str, dict[str, str]] = {}
     needs_cells = any("cells" in METRICS[n].needs for n in names)
     for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
-        half = _halve(reference, usable, rng)
+        half = _halve(reference, usable, rng) if noise is None else _thinned(reference, noise, rng)
         table = compute(half.pair(kind, needs_cells), names)
         if len(usable) > 1:
             turn = int(rng.integers(1, len(usable)))
@@ -300,6 +306,30 @@ def _cells_of(half: _Half, turn: int) -> AnnData:
     labels = np.repeat(np.array(order, dtype=object), [len(part) for part in rows])
     obs = pd.DataFrame({half.perturbation_key: labels}, index=pd.Index([f"cell{i}" for i in range(len(labels))]))
     return Table(X=X, obs=obs, var=pd.DataFrame(index=pd.Index(half.genes.astype(str))))
+
+
+def _thinned(reference: Reference, noise: np.ndarray, rng: np.random.Generator) -> _Halves:
+    r"""Halves of a table of effects by its standard errors.
+
+    :math:`d + s w` and :math:`d - s w` with normal :math:`w` are independent measurements of the same effect, each with twice the
+    variance :math:`s^2`, as halves of the cells are (Gaussian data thinning, Neufeld et al. 2024).
+    """
+    step = noise * rng.standard_normal(noise.shape)
+    zero, none = np.zeros(noise.shape[1]), np.full(noise.shape[1], np.nan)
+    halves = [
+        _Half(
+            reference,
+            dict(reference.rows),
+            {
+                "mean": reference.mean + sign * step,
+                "var": np.full(noise.shape, np.nan),
+                "control": zero,
+                "control_var": none,
+            },
+        )
+        for sign in (1.0, -1.0)
+    ]
+    return _Halves(*halves)
 
 
 def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator) -> _Halves:

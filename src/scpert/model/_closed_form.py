@@ -137,6 +137,8 @@ class LinearPCA(TargetwiseModel):
 
     Notes
     -----
+    :math:`G` are the scores divided by :math:`\sqrt{n - 1}` for n training perturbations, so that the size of :math:`\lambda` does not
+    depend on n; the article's code takes them undivided, which shrinks less.
     Combinations are sums over targets. A target without embedding has the mean effect and the status ``fallback``.
 
     Examples
@@ -164,7 +166,7 @@ class LinearPCA(TargetwiseModel):
     ):
         super().__init__(adata, registry)
         self._remember(locals())
-        self.n_components = int(check_positive("n_components", n_components))
+        self.n_components = check_whole("n_components", n_components)
         self.ridge = float(check_positive("ridge", ridge))
         if embedding is not None:
             read_knowledge({"embedding": embedding})  # refuses anything but a finite embedding with unique genes
@@ -295,7 +297,7 @@ class KNN(KnowledgeModel):
         super().__init__(adata, registry)
         self._remember(locals())
         self.knowledge = knowledge
-        self.k = int(check_positive("k", k))
+        self.k = check_whole("k", k)
         self.weights = check_choice("weights", weights, ("similarity", "softmax", "uniform"))
         self.temperature = float(check_positive("temperature", temperature))
         _ = self._features

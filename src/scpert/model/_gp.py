@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import linalg, ndimage, optimize
 
-from .._checks import check_positive, listing
+from .._checks import check_whole, listing
 from .._progress import progress
 from ..data._perturbation import join, parse
 from ..errors import LabelError, UnknownTargetError
@@ -281,7 +281,7 @@ class KnowledgeGP(KnowledgeModel):
         super().__init__(adata, registry)
         self._remember(locals())
         self.knowledge = knowledge
-        self.rank = None if rank is None else int(check_positive("rank", rank))
+        self.rank = None if rank is None else check_whole("rank", rank)
         self.coexpression = coexpression
         self.coherence = coherence
         _ = self._features
@@ -325,8 +325,12 @@ class KnowledgeGP(KnowledgeModel):
         self.__dict__.pop("_own_features", None)
         self.__dict__.pop("_weighted", None)
 
-    def _informed(self, target: str) -> bool:
+    def _in_knowledge(self, target: str) -> bool:
         return super()._informed(target) or (self.coexpression and target in self._own.known)
+
+    def _informed(self, target: str) -> bool:
+        """Whether knowledge holds the target and enough training targets to have learned from."""
+        return self._in_knowledge(target) and (not self.is_trained_ or len(self.singles_) > 0)
 
     def _kernels(self, a: list[str], b: list[str], tables: list[GeneFeatures] | None = None) -> list[np.ndarray]:
         return [f.kernel(a, b) for f in (self._tables if tables is None else tables)]
@@ -359,7 +363,7 @@ class KnowledgeGP(KnowledgeModel):
 
     def _fit(self) -> None:
         e = self.effects_
-        self.singles_ = np.array([t for t in sorted(e.singles) if self._informed(t)], dtype=object)
+        self.singles_ = np.array([t for t in sorted(e.singles) if self._in_knowledge(t)], dtype=object)
         self.low_, self.high_ = e.delta.min(axis=0), e.delta.max(axis=0)
         self.held_out_ = np.zeros((0, self.n_genes), dtype=np.float32)
         self._reset()
