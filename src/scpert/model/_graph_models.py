@@ -32,7 +32,7 @@ logger = logging.getLogger("scpert")
 _MANY_GENES = 3000  # above which attention without a mask is announced as slow
 _FEWEST_JUDGES = 5  # perturbations needed to learn how far the network is to be trusted
 _OWN_WIDTH = (
-    1.645  # half-width of the 90 % limits of own genes, whose errors are of their own kind, in standard deviations
+    1.645  # half-width of the 90 % limits of own genes in standard deviations; their errors are of their own kind
 )
 _HELD_OUT = 0.2  # share of the training perturbations that judge the network, where no validation ones are given
 
@@ -401,7 +401,7 @@ class _GraphModel(PerturbationModel):
         """Whether a graph holds the target and, after training, joins it to a measured one."""
         if target not in self._in_graph or not self.is_trained_:
             return target in self._in_graph
-        return bool(self._prior.reach([[self._node[target]]])[0])
+        return bool(self._prior.joined[self._node[target]])
 
     def _status(self, targets: tuple[str, ...]) -> str | None:
         """What a graph holds but joins to no measured target is predicted by the mean, and flagged."""

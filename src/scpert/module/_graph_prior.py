@@ -8,6 +8,7 @@ by which the strength of each graph is chosen. Numpy and scipy only, but for the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from scipy import linalg, optimize, sparse
@@ -199,6 +200,15 @@ class GraphPrior:
         new = self._design(sets)
         K = self._covariance(new, self.design)
         return K @ self.alpha, np.maximum(self._variance(new) - ((K @ self.inverse) * K).sum(axis=1), 0.0)
+
+    @cached_property
+    def joined(self) -> np.ndarray:
+        """Whether any graph joins a target to a measured one, boolean ``(target,)``."""
+        found = np.zeros(self.n_targets, dtype=bool)
+        for f in self.features:
+            measured = np.asarray(abs(self.design @ f).sum(axis=0)).ravel() > 0
+            found |= abs(f) @ measured.astype(np.float64) > 0
+        return found
 
     def reach(self, sets: Sequence[Sequence[int]]) -> np.ndarray:
         """Whether any graph joins a perturbation to a measured one, boolean ``(perturbation,)``."""

@@ -407,8 +407,8 @@ def _problem(
         if control in set(labels.astype(str)) or labels.isna().any():
             raise
         raise LabelError(
-            f"{error} If no row is a control because each row is the profile or the effect of one perturbation, say "
-            "scale='effects': the reference of a gene is then its median over the rows."
+            f"{error} If no row is a control because each row is the effect of one perturbation, say scale='effects' (of profiles, "
+            "the reference of a gene is then its median over the rows; better give the profile of a control as a row, too)."
         ) from error
     samples = []
     if observed.any():
@@ -594,7 +594,7 @@ def _by_activity(net: pd.DataFrame, screen: Screen, covariate_keys: list[str]) -
 
     # all single perturbations vote on the direction of those that are not measured, whether they have edges or not
     singles = sorted({t[0] for p in screen.perturbations if len(t := parse(p, screen.control)) == 1})
-    measured = total_effects(problem_of(screen, singles, covariate_keys)).sign
+    measured = total_effects(problem_of(screen, singles, covariate_keys)).sign if singles else np.zeros(0)
     usual = 1.0 if measured.sum() > 0 else -1.0
     sign = pd.Series(measured, index=singles).reindex(net[K.SOURCE].astype(str)).fillna(usual)
     return net.assign(**{K.WEIGHT: net[K.WEIGHT].to_numpy() * sign.to_numpy()})
