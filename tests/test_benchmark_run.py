@@ -489,8 +489,13 @@ def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path):
     mean = results.groupby(["model", "metric"])["value"].mean()
     assert mean["Additive", "pearson_delta"] > 0.85
     assert mean["Additive", "mse"] < 0.4 * mean["NoChange", "mse"]
-    with pytest.raises(ScpertError, match="predictions would start"):
-        Task("line", adata, "given", question="unseen context")
+    adata.obs["batch"] = np.where(np.arange(adata.n_obs) % 2, "x", "y")
+    both = dataclasses.replace(task, name="both", setup={"covariate_keys": ["batch"]})
+    results = benchmark.run([both], ["Additive"], seeds=1, out=tmp_path)  # the context is a stratum beside others
+    assert results[results["metric"] == "pearson_delta"].groupby("model")["value"].mean()["Additive"] > 0.85
+    for question in ("unseen context", "Unseen contexts"):
+        with pytest.raises(ScpertError, match="predictions would start"):
+            Task("line", adata, "given", question=question)
 
 
 def test_leaks_are_found_at_any_depth(screen, tmp_path):

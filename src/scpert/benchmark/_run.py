@@ -292,7 +292,10 @@ def _fit(spec: ModelSpec, options: Mapping[str, Any], task: Task, adata: AnnData
     arguments = {k: v for k, v in task.setup.items() if v is not None} | dict(spec.setup)
     if task.split == "contexts" and "covariate_keys" in getattr(cls, "_uses", ()):
         # an effect is the difference to the controls of its own context, not of all
-        arguments.setdefault("covariate_keys", [_context_key(adata, task.split_options.get("context_key"))])
+        given = arguments.get("covariate_keys") or []
+        given = [given] if isinstance(given, str) else list(given)
+        context = _context_key(adata, task.split_options.get("context_key"))
+        arguments["covariate_keys"] = list(dict.fromkeys([*given, context]))
     cls.setup_anndata(adata, split_key=task.split_key, **arguments)  # type: ignore[attr-defined]
     model = cls(adata, **options)
     model.train(**{"random_state": seed, **spec.train})

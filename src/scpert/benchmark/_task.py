@@ -105,7 +105,11 @@ class Task:
         unknown = [k for k in self.setup if k not in allowed]
         if unknown:
             raise ScpertError(f"Task {self.name!r}: setup has {listing(unknown)}; allowed are {listing(allowed)}.")
-        if self.split == "given" and self.question == "unseen context" and self.setup.get("scale") != K.SCALE_EFFECTS:
+        if (
+            self.split == "given"
+            and "context" in self.question.casefold()
+            and self.setup.get("scale") != K.SCALE_EFFECTS
+        ):
             raise ScpertError(
                 f"Task {self.name!r}: with a given split nothing says which cells are of which context, and predictions would start "
                 "from the controls of the training contexts. Use split='contexts' with split_options={'context_key': ...}, which "
@@ -327,7 +331,7 @@ def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:
         parts = pd.Series(split, index=adata.obs_names)[twice.unique()]
         if parts.groupby(level=0).nunique().max() > 1:
             raise SplitError(f"Task {task.name!r}: cell {twice[0]!r} is in two parts of the split: a leak.")
-    given = task.split == "given" and "context" not in task.question
+    given = task.split == "given" and "context" not in task.question.casefold()
     unseen = task.split in UNSEEN or (given and "unseen" in task.question)
     if not (unseen or given):
         return
