@@ -139,9 +139,21 @@ def _code_of(cls: type) -> list[Any]:
     name = f"{cls.__module__}.{cls.__qualname__}"
     if cls.__module__.split(".")[0] in ("scpert", "builtins", "scvi", "abc", "typing"):
         return [name]
-    functions = {k: f.__code__ for k, f in vars(cls).items() if hasattr(f, "__code__")}
-    constants = {k: [repr(c) for c in code.co_consts if not hasattr(c, "co_code")] for k, code in functions.items()}
-    return [name, cls, {k: [code.co_code.hex(), list(code.co_names), constants[k]] for k, code in functions.items()}]
+    parts: dict[str, Any] = {}
+    for key, value in vars(cls).items():
+        inner = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if (code := getattr(inner, "__code__", None)) is not None:
+            parts[key] = [code.co_code.hex(), list(code.co_names), [_constant(c) for c in code.co_consts]]
+        elif isinstance(value, bool | int | float | str | tuple | frozenset | type(None)) and not key.startswith("__"):
+            parts[key] = _constant(value)
+    return [name, cls, parts]
+
+
+def _constant(value: Any) -> str:
+    """A constant in words that are the same in every process (a set has no order of its own)."""
+    if hasattr(value, "co_code"):
+        return str(value.co_code.hex())
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
 def resolve_models(models: Any) -> list[ModelSpec]:
@@ -247,29 +259,40 @@ class _Ready:
     """A prepared task with its references, one for each test context."""
 
     def __init__(self, prepared: Prepared):
-        from ..metrics import Reference
-
         self.prepared = prepared
-        task, visible = prepared.task, prepared.visible
-        train = prepared.part(K.TRAIN)
-        options = {k: v for k, v in task.setup.items() if k != "covariate_keys"}
-        self.references: dict[str, tuple[Any, AnnData | None]] = {}
-        if task.split == "contexts":
-            column = _context_key(visible, task.split_options.get("context_key"))
-            for context in sorted(set(prepared.test.obs[column].astype(str))):
-                here = prepared.test[(prepared.test.obs[column].astype(str) == context).to_numpy()].copy()
-                is_control = here.obs[task.perturbation_key].astype(str) == task.control
-                if is_control.all() or not is_control.any():
-                    continue
-                known = train[(train.obs[column].astype(str) == context).to_numpy()].copy()
-                base = known[(known.obs[task.perturbation_key].astype(str) == task.control).to_numpy()].copy()
-                # the training mean of the same perturbations elsewhere would be the baseline of transfer; here the
-                # context's own training perturbations are the reference, as everywhere
-                self.references[f" @ {context}"] = (Reference(here, known, **options), base if base.n_obs else None)
-        else:
-            self.references[""] = (Reference(prepared.test, train, **options), None)
+        self.references = _references(prepared.task, prepared.test, prepared.part(K.TRAIN))
         if not self.references:
-            raise SplitError(f"Task {task.name!r}, seed {prepared.seed}: no test cells with controls of their own.")
+            raise SplitError(
+                f"Task {prepared.task.name!r}, seed {prepared.seed}: no test cells with controls of their own."
+            )
+
+
+def _references(task: Task, held: AnnData, train: AnnData) -> dict[str, tuple[Any, AnnData | None]]:
+    """What held-out cells are compared with, and the controls to predict from (``None``: the model's); one for each context."""
+    from ..metrics import Reference
+
+    options = {k: v for k, v in task.setup.items() if k != "covariate_keys"}
+    if task.setup.get("covariate_keys") and task.setup.get("scale") != K.SCALE_EFFECTS:
+        logger.warning(
+            "task %s: models measure effects within covariate_keys, but held-out cells are compared with all held-out controls: "
+            "where a covariate goes with perturbations, its shift counts as an effect in every score.",
+            task.name,
+        )
+    if task.split != "contexts":
+        return {"": (Reference(held, train, **options), None)}
+    out: dict[str, tuple[Any, AnnData | None]] = {}
+    column = _context_key(train, task.split_options.get("context_key"))
+    for context in sorted(set(held.obs[column].astype(str))):
+        here = held[(held.obs[column].astype(str) == context).to_numpy()].copy()
+        is_control = here.obs[task.perturbation_key].astype(str) == task.control
+        if is_control.all() or not is_control.any():
+            continue
+        known = train[(train.obs[column].astype(str) == context).to_numpy()].copy()
+        base = known[(known.obs[task.perturbation_key].astype(str) == task.control).to_numpy()].copy()
+        # the training mean of the same perturbations elsewhere would be the baseline of transfer; here the
+        # context's own training perturbations are the reference, as everywhere
+        out[f" @ {context}"] = (Reference(here, known, **options), base if base.n_obs else None)
+    return out
 
 
 def _table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -306,6 +329,28 @@ def _predict(model: Any, labels: Sequence[str], task: Task, seed: int, adata: An
     return model.predict_perturbation(list(labels), adata=adata, level=task.level, on_unknown="mean", random_state=seed)
 
 
+def _completed(predicted: AnnData, reference: Any) -> AnnData:
+    """A pseudobulk prediction with the training mean for what it leaves out: silence must not thin the others' competitors."""
+    from .. import metrics
+
+    if K.DELTA not in predicted.layers or predicted.obs[K.PERTURBATION].duplicated().any():
+        return predicted
+    finite = np.isfinite(np.asarray(predicted.X)).all(axis=1)
+    there = set(predicted.obs[K.PERTURBATION].astype(str)[finite])
+    silent = [p for p in reference.perturbations if p not in there]
+    mean = metrics.training_mean(reference) if silent and reference.centroid is not None else None
+    if mean is None or not finite.any() or list(mean.var_names) != list(predicted.var_names):
+        return predicted
+    if K.DELTA not in mean.layers:
+        return predicted
+    import anndata
+
+    some = mean[np.isin(mean.obs[K.PERTURBATION].astype(str), silent)]
+    out = anndata.concat([predicted[finite], some], join="inner", index_unique="-")
+    out.uns.update(predicted.uns)
+    return out
+
+
 def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> pd.DataFrame:
     """Scores of the training mean; metrics of cells get control cells that are moved by it."""
     from .. import metrics
@@ -327,7 +372,7 @@ def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData |
 
 def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, Any], Any, str]:
     """The best candidate by its prediction of validation perturbations; never sees a test cell."""
-    from ..metrics import METRICS, Reference, evaluate
+    from ..metrics import METRICS, evaluate
 
     task, visible = prepared.task, prepared.visible
     split = visible.obs[task.split_key].astype(str).to_numpy()
@@ -335,19 +380,16 @@ def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, A
         raise SplitError(
             f"{spec.name!r} has a grid, but the split of task {task.name!r} has no val cells to choose on."
         )
-    reference = Reference(
-        prepared.part(K.VAL),
-        prepared.part(K.TRAIN),
-        **{k: v for k, v in task.setup.items() if k != "covariate_keys"},
-    )
+    references = _references(task, prepared.part(K.VAL), prepared.part(K.TRAIN))
     best: tuple[float, dict[str, Any], Any] | None = None
     sign = 1.0 if METRICS[spec.select_by].higher_is_better else -1.0
     for options in spec.candidates():
         model = _fit(spec, options, task, visible.copy(), seed)
-        table = evaluate(
-            _predict(model, reference.perturbations, task, seed, None), reference, metrics=[spec.select_by]
-        )
-        score = sign * float(table[spec.select_by].mean())
+        tables = [
+            evaluate(_predict(model, reference.perturbations, task, seed, base), reference, metrics=[spec.select_by])
+            for reference, base in references.values()
+        ]
+        score = sign * float(pd.concat([t[spec.select_by] for t in tables]).mean()) if tables else np.nan
         if np.isfinite(score) and (best is None or score > best[0]):
             best = (score, options, model)
     if best is None:
@@ -397,7 +439,7 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                         rows: pd.DataFrame = predicted.obs.drop_duplicates(K.PERTURBATION)  # type: ignore[union-attr]
                         labels = rows[K.PERTURBATION].astype(str) + suffix
                         known |= dict(zip(labels, rows[K.STATUS].astype(str), strict=True))
-                    table = metrics.evaluate(predicted, reference, metrics=task.metrics)
+                    table = metrics.evaluate(_completed(predicted, reference), reference, metrics=task.metrics)
                 tables[suffix] = metrics.by_chance(table)
                 if table.attrs.get("mismatched"):
                     wrong[suffix] = pd.DataFrame(table.attrs["mismatched"]).reindex(columns=table.columns)

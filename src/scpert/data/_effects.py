@@ -20,7 +20,7 @@ from ._screen import Screen
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Effects", "effects_in_strata", "need_controls", "std_errors_of", "without_own"]
+__all__ = ["Effects", "effects_in_strata", "need_controls", "perturbation_sign", "std_errors_of", "without_own"]
 
 logger = logging.getLogger("scpert")
 
@@ -214,6 +214,16 @@ class Effects:
         best = int(level.any() and spread[1] < spread[0])
         return (*rules[best], spread[best])
 
+    def own_shift(self, row: int, column: int, variance: float) -> tuple[float, float]:
+        """Shift of a target's own gene and its standard deviation: as measured, drawn to :attr:`own_rule` by its sampling variance."""
+        measured = float(self.delta[row, column])
+        if self.own_rule is None or variance == 0:
+            return measured, float(np.sqrt(variance))
+        constant, slope, spread = self.own_rule
+        weight = spread**2 / max(spread**2 + variance, 1e-12)
+        expected = constant + slope * float(self.control_mean[column])
+        return weight * measured + (1 - weight) * expected, float(np.sqrt(weight * variance))
+
     def put_own(self, targets: Sequence[tuple[str, ...]], delta: np.ndarray, std: np.ndarray | None = None) -> None:
         """Set, in rows ``(perturbation, gene)``, own genes of targets that were never perturbed alone as :attr:`own_rule` expects."""
         if self.own_rule is None:
@@ -255,6 +265,27 @@ def std_errors_of(adata: AnnData, rows: np.ndarray) -> np.ndarray | None:
             "finite and not below 0; use NaN where one is not known."
         )
     return None if np.isnan(errors).all() else errors
+
+
+#: Standard errors that a regulator must move itself before its own shift tells the direction of its perturbation.
+_CLEAR = 3.0
+
+
+def perturbation_sign(shift: np.ndarray, error: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """-1 for a regulator that its perturbation lowers, +1 for one that it raises ``(regulator,)``.
+
+    A regulator that did not clearly move itself (within three standard errors ``error``, as ``shift`` ``(regulator, gene)``, or
+    unmeasured, ``position`` -1: its own shift is noise) takes the direction of the majority of those that did, without any of these
+    of all that moved; -1 where there is none.
+    """
+    own, noise = np.full(len(position), np.nan), np.full(len(position), np.nan)
+    measured = np.flatnonzero(position >= 0)
+    own[measured] = shift[measured, position[measured]]
+    noise[measured] = np.broadcast_to(error, shift.shape)[measured, position[measured]]
+    moved = np.isfinite(own) & (own != 0)
+    clear = moved & (np.abs(own) > _CLEAR * noise)
+    usual = 1.0 if np.sign(own[clear if clear.any() else moved]).sum() > 0 else -1.0
+    return np.where(clear, np.sign(own), usual)
 
 
 def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Sequence[str] | np.ndarray) -> np.ndarray:

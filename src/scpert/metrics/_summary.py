@@ -186,6 +186,8 @@ def ceiling(
         raise ScpertError("The interpolated duplicate needs training data (train=): it shrinks towards their mean.")
     labels = reference.perturbations
     noise = None
+    if reference.scale == K.SCALE_EFFECTS and kind == "interpolated":
+        return _empty(labels, names, "the interpolated duplicate tests cells, and a table of effects has none")
     if reference.scale == K.SCALE_EFFECTS:
         effects = Effects.from_screen(reference.screen)
         if not np.isfinite(effects.std_error).any():

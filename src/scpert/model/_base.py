@@ -710,10 +710,10 @@ class PerturbationModel(BaseModel):
             labels = adata.obs[key].astype(str).to_numpy()
             if (labels == self.control_).any():
                 adata = adata[labels == self.control_]
-            elif perturbed := sorted(set(labels) & set(self.labels_)):
+            else:
                 raise LabelError(
-                    f"adata has no cell with obs[{key!r}] == {self.control_!r}, but perturbed ones ({listing(perturbed, 3)}): "
-                    "predictions start from control cells. Give these, or drop the column if all cells are unperturbed."
+                    f"adata has no cell with obs[{key!r}] == {self.control_!r}; it has {listing(sorted(set(labels)), 3)}: predictions "
+                    "start from control cells. Give these, or drop the column if all cells are unperturbed."
                 )
         obs: Any = adata.obs.copy()
         labelled = AnnData(obs=obs, var=pd.DataFrame(index=adata.var_names))
@@ -1224,7 +1224,7 @@ class PerturbationModel(BaseModel):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         e, r = state["effects"], state["reference"]
-        self.cells_ = state["cells"]
+        self.cells_ = state.get("cells", np.zeros(0, dtype=np.uint64))
         self.effects_ = Effects(
             e["labels"],
             e["delta"],

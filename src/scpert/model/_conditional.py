@@ -22,6 +22,7 @@ class _ConditionalModel(PerturbationModel):
 
     scope = "combinations"
     _uses = ("library_size_key", "covariate_keys")
+    _stratified = True
     _max_epochs = 100
     _additive = False
 

@@ -16,7 +16,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_positive, check_seed, check_whole, listing
 from .._progress import progress
-from ..data._effects import Effects
+from ..data._effects import Effects, perturbation_sign
 from ..data._field import covariate_codes, quality_failures
 from ..data._loader import PerturbationSplitter, ScreenTensors
 from ..data._perturbation import encode, join, multi_hot
@@ -118,6 +118,8 @@ class _Factored(PerturbationModel):
             **module,
             "use_quality": self._preset.get("use_quality", False) and self.setup_args_["quality_key"] is not None,
         }
+        if self.setup_args_["quality_key"] is not None and not settings["use_quality"]:
+            logger.info("%s makes no use of quality_key but for get_quality_ratio", type(self).__name__)
         basal = options.get("n_hidden_basal")
         sizes = {"n_latent": options["n_latent"], "n_hidden": options["n_hidden"]}
         sizes["n_hidden_basal"] = options["n_hidden"] if basal is None else basal
@@ -209,6 +211,14 @@ class _Factored(PerturbationModel):
         labels, n_cells = np.unique(screen.labels[super()._train_mask()].astype(str), return_counts=True)
         hits = multi_hot(encode(labels, self.targets_, self.control_), len(self.targets_))
         module.cells_per_target.copy_(torch.from_numpy(np.maximum(hits.T @ n_cells, 1.0)))
+
+        single = [t for t in self.targets_ if t in effects.singles]
+        if single:
+            of, position = [effects.singles[t] for t in single], pd.Index(self.genes_).get_indexer(pd.Index(single))
+            sign = perturbation_sign(effects.delta[of], np.nan_to_num(effects.std_error[of], nan=np.inf), position)
+            usual = 1.0 if sign.sum() > 0 else -1.0
+            direction = pd.Series(sign, index=single).reindex(self.targets_).fillna(usual)
+            module.direction.copy_(torch.tensor(direction.to_numpy(dtype=np.float32)))
 
         control = int(np.flatnonzero(names == self.control_)[0])
         by_stratum = slice(len(names), None)

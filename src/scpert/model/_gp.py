@@ -761,11 +761,15 @@ class KnowledgeGP(KnowledgeModel):
         error2 = variance[row].astype(np.float64)
         prior2 = np.maximum(self.gene_sd_**2 - typical, 0.1 * self.gene_sd_**2)
         weight = prior2 / (prior2 + error2)
-        weight[e.genes == target] = 1.0  # what it does to its own gene is foretold by no other perturbation
         told = self.held_out_[where[0]]
         # effects are sparse: one that is far from what is told stands for itself
         apart = np.maximum(prior2, (own - told) ** 2 - error2)
-        return weight * own + (1 - weight) * told, np.sqrt(weight**2 * error2 + (1 - weight) ** 2 * apart)
+        delta, sd = weight * own + (1 - weight) * told, np.sqrt(weight**2 * error2 + (1 - weight) ** 2 * apart)
+        for j in np.flatnonzero(
+            e.genes == target
+        ):  # its own gene is foretold by no other perturbation, but by others' own genes
+            delta[j], sd[j] = e.own_shift(row, int(j), float(error2[j]))
+        return delta, sd
 
     # ------------------------------------------------------------------------------------------ explanation
 

@@ -411,7 +411,8 @@ class GPOVAE(_Factored):
         Returns
         -------
         DataFrame ``hop, source, target, weight``: the signed contribution of each edge to the K-hop accumulation that
-        the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on.
+        the alignment uses; hop 0 are the perturbation's own edges. Only measured targets pass effects on. Negative: it lowers
+        the target under this perturbation.
         """
         self._check_trained()
         check_whole("n_edges", n_edges)
@@ -430,11 +431,11 @@ class GPOVAE(_Factored):
             )
         m = self.module
         with torch.inference_mode():
-            A = m.adjacency().cpu().numpy()
+            A, onward = m.adjacency().cpu().numpy(), m.onward().cpu().numpy()
         rows, columns = m.hop_rows.cpu().numpy(), m.hop_columns.cpu().numpy()
         own = self._target_gene >= 0
         A[np.flatnonzero(own), self._target_gene[own]] = 0.0
-        square = np.abs(A[rows][:, columns])
+        square = np.abs(onward[:, columns])
         scale = max(1.0, float(np.sqrt(square.sum(0).max(initial=0) * square.sum(1).max(initial=0)))) / m.hop_decay
         genes, names = np.asarray(self.genes_, dtype=object), np.asarray(self.targets_, dtype=object)
         position = {t: i for i, t in enumerate(self.targets_)}
@@ -445,7 +446,7 @@ class GPOVAE(_Factored):
         step = start.sum(axis=0)
         for hop in range(1, m.n_hops + 1):
             passed = step[columns] / scale
-            contribution = passed[:, None] * A[rows]
+            contribution = passed[:, None] * onward
             i, j = np.nonzero(np.abs(contribution) > 1e-6)
             table = {"hop": hop, K.SOURCE: names[rows[i]], K.TARGET: genes[j], K.WEIGHT: contribution[i, j]}
             parts.append(pd.DataFrame(table))

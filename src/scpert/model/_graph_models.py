@@ -307,9 +307,8 @@ class _GraphModel(PerturbationModel):
                 j, measured = gene[t], e.row.get(label, e.singles.get(t))
                 own[i, j] = measured is not None or e.own_rule is not None
                 if measured is not None:
-                    delta[i, j] = e.delta[measured, j]
+                    delta[i, j], error = e.own_shift(measured, j, float(variance[measured, j]))
                     if std is not None:
-                        error = float(np.sqrt(variance[measured, j]))
                         if error == 0:  # not known
                             error = e.own_rule[2] if e.own_rule is not None else float(std[i, j])
                         # in a combination the single's shift is not the combination's own
@@ -404,9 +403,12 @@ class _GraphModel(PerturbationModel):
         return bool(self._prior.joined[self._node[target]])
 
     def _status(self, targets: tuple[str, ...]) -> str | None:
-        """What a graph holds but joins to no measured target is predicted by the mean, and flagged."""
-        held = all(t in self._trained_targets or t in self._in_graph for t in targets)
-        return super()._status(targets) or (K.FALLBACK if held else None)
+        """What a graph holds but joins to no measured target is predicted by the mean, and flagged if nothing else is known."""
+        status = super()._status(targets)
+        if status is None and all(t in self._trained_targets or t in self._in_graph for t in targets):
+            known = any(t in self._trained_targets or self._covers(t) for t in targets)
+            return K.UNSEEN if known else K.FALLBACK
+        return status
 
     def get_perturbation_embedding(self) -> pd.DataFrame:
         """Embedding of the targets after their graphs, ``(target, hidden)``."""

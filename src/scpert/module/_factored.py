@@ -142,6 +142,9 @@ class FactoredModule(BaseModuleClass):
         self.register_buffer("x_std", torch.ones(n_genes))
         self.register_buffer("cells_per_target", torch.ones(n_targets))
         column = torch.as_tensor(np.asarray(target_gene), dtype=torch.long)
+        self.register_buffer("own_column", column)
+        #: +1 where the perturbation raises its target, -1 where it lowers it ``(target,)``
+        self.register_buffer("direction", torch.ones(n_targets))
         self.register_buffer("hop_rows", torch.nonzero(column >= 0).ravel())
         self.register_buffer("hop_columns", column[column >= 0])
         # evidence of the training cells, needed only while training: sign x probability of an effect
@@ -381,17 +384,29 @@ class FactoredModule(BaseModuleClass):
         strength = loc * torch.rsqrt(loc**2 + _SMALL_EFFECT**2)
         return strength if mask is None else mask * strength
 
+    def _without_own(self, edges: Tensor, rows: Tensor) -> Tensor:
+        """Edges ``(row, gene)`` without those of targets to themselves: a knock-down is no edge, and passes nothing on."""
+        column = self.own_column[rows]
+        has = torch.nonzero(column >= 0).ravel()
+        return edges.index_put((has, column[has]), edges.new_zeros(()))
+
+    def onward(self) -> Tensor:
+        """What genes do that are raised, of the targets that are measured: edges times the direction ``(measured target, gene)``."""
+        edges = self.adjacency(None if len(self.hop_rows) == self.n_targets else self.hop_rows)
+        return self._without_own(edges, self.hop_rows) * self.direction[self.hop_rows, None]
+
     def _alignment(self, o: dict[str, Any]) -> Tensor:
         """Weighted squared distance of the K-hop accumulation from the signed evidence, for the rows in the batch.
 
-        The network that passes effects on is held fixed within a step: gradients reach the rows in the batch, each of
+        Edges are changes under the perturbation: where that lowers its target, a target that another perturbation lowers passes on
+        what its own perturbation does, and one that is raised the opposite (:meth:`onward`). The network that passes effects on is held fixed within a step: gradients reach the rows in the batch, each of
         which has evidence of its own, and not all rows through every hop.
         """
         rows = o["targets"].rows
-        own = self.adjacency(rows, o["gathered"])
+        own = self._without_own(self.adjacency(rows, o["gathered"]), rows)
         if self.n_hops and len(self.hop_rows):
             with torch.no_grad():
-                onward = self.adjacency(None if len(self.hop_rows) == self.n_targets else self.hop_rows)
+                onward = self.onward()
                 square = onward[:, self.hop_columns]
                 scale = k_hop_scale(square) / self.hop_decay
             total = k_hop(own, onward, square, self.hop_columns, self.n_hops, scale)

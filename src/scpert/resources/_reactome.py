@@ -337,6 +337,11 @@ def reactome(
     sets: dict[str, list[str]] = {}
     labels: dict[str, str] = {}
     for first, second, genes in read_gmt(files["path"]):
+        if genes and genes[0].startswith(("http://", "https://")):
+            raise FileFormatError(
+                f"{files['path']} lists a pathway for each protein or gene identifier (such as UniProt2Reactome.txt), with addresses "
+                "where a GMT file has genes. Give Reactome's gene sets, ReactomePathways.gmt."
+            )
         pathway, name = (first, second) if _STABLE_ID.match(first) else (second, first)
         if not _STABLE_ID.match(pathway):
             raise FileFormatError(

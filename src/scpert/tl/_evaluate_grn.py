@@ -16,12 +16,13 @@ from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
+from ..data._effects import perturbation_sign
 from ..data._screen import cell_hashes
 from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
 from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, strata_of
 from ._grn import infer_grn, problem_of
-from ._grn_methods import composition_offset, perturbation_sign, scaled, total_effects
+from ._grn_methods import composition_offset, scaled, total_effects
 from ._rank_sum import rank_sums
 
 if TYPE_CHECKING:
@@ -185,6 +186,10 @@ def evaluate_grn(
 
     judges = []
     if observed is not None:
+        labels = observed.obs.get(arguments["perturbation_key"])
+        apart = {str(x) for x in np.atleast_1d(parameters.get("observational", []))}
+        if apart and labels is not None and labels.astype(str).isin(apart).any():
+            observed = observed[~labels.astype(str).isin(apart).to_numpy()]
         judges.append(_judge_interventions(observed, arguments, keys, fdr, n_cells, composition, rng))
     baselines = _baselines(adata, own, arguments, parameters)
     if reference is not None:
@@ -430,7 +435,8 @@ def _baselines(
     scale = arguments["scale"] if arguments["scale"] != K.SCALE_AUTO else str(parameters["scale"])
     scale = scale if scale in K.SCALES else K.SCALE_AUTO
     effects = perturbation_effects(train, **{**arguments, "scale": scale}, covariate_keys=keys)
-    single = [len(parse(p, arguments["control"])) == 1 for p in effects.obs_names]
+    apart = {str(x) for x in np.atleast_1d(parameters.get("observational", []))}  # samples, no perturbations
+    single = [len(parse(p, arguments["control"])) == 1 and p not in apart for p in effects.obs_names]
     effects = effects[np.asarray(single)]
     sources = np.repeat(effects.obs_names.to_numpy(dtype=object), effects.n_vars)
     targets = np.tile(effects.var_names.to_numpy(dtype=object), effects.n_obs)
@@ -448,7 +454,9 @@ def _baselines(
     if measured:
         options: dict[str, Any] = {**arguments, "scale": scale, "threshold": 0, "copy": True}
         name = "baseline_correlation"  # not the key of the network, which would be said to be overwritten
-        correlated: Any = infer_grn(train, method="correlation", regulators=measured, key_added=name, **options)
+        correlated: Any = infer_grn(
+            train, method="correlation", regulators=measured, key_added=name, covariate_keys=keys, **options
+        )
         out["correlation"] = grn_df(correlated, name)
     return out
 
@@ -635,6 +643,13 @@ def grn_stability(
     sizes = _sizes(k)
     labels = check_obs_key(adata, options.get("perturbation_key", K.PERTURBATION), "perturbation_key").astype(str)
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if options.get("model") is not None:
+        raise ScpertError("model=: a trained model has one network, whatever cells are drawn. Leave it out.")
+    if by == "bootstrap" and max(map(len, groups)) < 2:
+        raise ScpertError(
+            "by='bootstrap' draws rows within each label, and every label has one row: all networks would be the same. Give cells, or "
+            "by='seed'."
+        )
     observational = options.get("observational")
     mask = np.asarray(None if hasattr(observational, "var_names") else observational)
     options = {**options, "key_added": "stability", "copy": by == "seed"}

@@ -288,6 +288,11 @@ def infer_grn(
             raise ScpertError(
                 f"observational= is all of the {int(used.sum())} cells used: none is left with a perturbation or as a control."
             )
+        if observed.any() and perturbation_key in adata.obs:  # labels that are samples, and no perturbations
+            of = adata.obs[perturbation_key].astype(str)
+            parameters["observational"] = np.asarray(
+                sorted(set(of[observed]) - set(of[~observed])), dtype=object
+            ).astype(str)
         if read_out and getattr(model, "cells_", None) is not None:
             seen = np.union1d(seen, model.cells_)
         problem = _problem(

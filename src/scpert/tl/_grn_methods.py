@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from scipy import sparse, special
 
 from .. import _keys as K
 from .._checks import check_choice, listing
-from ..data._effects import std_errors_of
+from ..data import parse
+from ..data._effects import perturbation_sign, std_errors_of
 from ..errors import ScaleError, ScpertError
 from ._effects import effects_of_cells, strata_of, table_spread, welch
 from ._grn import Scores, prior_factor, weighted_bh
@@ -70,6 +71,15 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
     more); p-values are normal and take 1.4826 times the median absolute shift, which a minority of real effects does not swell.
     """
     screen = problem.screen
+    singles = sorted({t[0] for p in screen.perturbations if len(t := parse(p, screen.control)) == 1})
+    if set(problem.regulators) < set(
+        singles
+    ):  # noise, and the direction of most, are those of the screen, whoever is asked for
+        whole = total_effects(
+            replace(problem, regulators=singles, prior=None), composition=composition, carriers=carriers
+        )
+        rows = pd.Index(singles).get_indexer(pd.Index(problem.regulators))
+        return Evidence(**{f.name: getattr(whole, f.name)[rows] for f in fields(Evidence)})
     if screen.scale != K.SCALE_EFFECTS and screen.is_control.sum() > 1:
         with_controls = screen.perturbations
         shift, error, freedom, _, _ = effects_of_cells(
@@ -100,9 +110,9 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             offset,
             share,
         )
-    shift, error, noise = _table_effects(problem)
+    shift, error, noise, freedom = _table_effects(problem)
     zscore, _ = welch(shift, error, np.inf)
-    _, pvals = welch(shift, noise, np.inf)
+    _, pvals = welch(shift, noise, np.broadcast_to(freedom[:, None], shift.shape))
     return Evidence(
         shift,
         error,
@@ -132,7 +142,12 @@ def composition_offset(screen: Screen, shift: np.ndarray, error: np.ndarray) -> 
     return offset, sensitivity
 
 
-def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+#: Asymptotic efficiency of the median absolute deviation, beside the standard deviation, for normal values.
+_MAD_EFFICIENCY = 0.37
+
+
+def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Shift, error, noise ``(regulator, gene)``, and the degrees of freedom of the noise ``(regulator,)``."""
     screen = problem.screen
     given = screen.scale == K.SCALE_EFFECTS
     if not given:
@@ -175,11 +190,24 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
         if errors is not None:
             told[r] = np.sqrt(weight**2 @ errors[mine] ** 2) / length[r] ** 2
     if errors is not None:
-        return shift, told, told
+        freedom = np.full(len(shift), np.inf)
+        if (
+            K.N_CELLS in screen.adata.obs
+        ):  # few cells that happen to agree are no evidence: as in cells, here by the other rows
+            n = pd.to_numeric(screen.adata.obs[K.N_CELLS].iloc[rows], errors="coerce").fillna(1.0).to_numpy(dtype=float)
+            cells = np.array([n[label == r].sum() for r in range(len(shift))])
+            typical_cell = np.nanmedian(told**2 * cells[:, None], axis=0)
+            told = np.fmax(
+                told, np.sqrt(typical_cell / np.maximum(cells, 1)[:, None]) * np.where(np.isnan(told), np.nan, 1.0)
+            )
+            freedom = np.maximum(cells - 1.0, 1.0)
+        return shift, told, told, freedom
     # in units of one full-strength row
     usual = position >= 0 if (position >= 0).sum() >= 3 else np.ones(len(position), dtype=bool)
     error = table_spread((shift * length[:, None])[usual])[None, :] / length[:, None]
-    return shift, error, spread[None, :] / length[:, None]
+    # a median of few deviations is itself uncertain: it has 0.37 of the precision of a standard deviation
+    freedom = np.full(len(shift), max(_MAD_EFFICIENCY * (int(typical.sum()) - 1), 1.0))
+    return shift, error, spread[None, :] / length[:, None], freedom
 
 
 #: Rows that a table of effects must have before they tell what the reference was off by.
@@ -224,27 +252,6 @@ def _reference_error(values: np.ndarray) -> np.ndarray:
     limit = 3.0 * np.sqrt(noise) * deviation
     out: np.ndarray = noise / (noise + of_median) * middle * (np.abs(middle) <= limit)
     return out
-
-
-#: Standard errors that a regulator must move itself before its own shift tells the direction of its perturbation.
-_CLEAR = 3.0
-
-
-def perturbation_sign(shift: np.ndarray, error: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """-1 for a regulator that its perturbation lowers, +1 for one that it raises ``(regulator,)``.
-
-    A regulator that did not clearly move itself (within three standard errors ``error``, as ``shift`` ``(regulator, gene)``, or
-    unmeasured, ``position`` -1: its own shift is noise) takes the direction of the majority of those that did, without any of these
-    of all that moved; -1 where there is none.
-    """
-    own, noise = np.full(len(position), np.nan), np.full(len(position), np.nan)
-    measured = np.flatnonzero(position >= 0)
-    own[measured] = shift[measured, position[measured]]
-    noise[measured] = np.broadcast_to(error, shift.shape)[measured, position[measured]]
-    moved = np.isfinite(own) & (own != 0)
-    clear = moved & (np.abs(own) > _CLEAR * noise)
-    usual = 1.0 if np.sign(own[clear if clear.any() else moved]).sum() > 0 else -1.0
-    return np.where(clear, np.sign(own), usual)
 
 
 def scaled(values: sparse.csr_matrix, factor: np.ndarray) -> sparse.csr_matrix:

@@ -869,7 +869,8 @@ def evaluate_interactions(
     -------
     DataFrame, one row per ``metric``: ``value``, ``chance`` (of a random ranking; NaN where it has no meaning) and
     ``n`` (combinations measured and predicted). Metrics: ``synergy_recovery`` and ``suppression_recovery`` (share of
-    the k that are found), ``magnitude_pearson``, ``coefficients_pearson``, ``class_agreement``.
+    the k that are found), ``magnitude_pearson``, ``coefficients_pearson``, ``class_agreement`` (where the measured class is
+    determined).
 
     Raises
     ------
@@ -921,7 +922,9 @@ def evaluate_interactions(
 
     columns = [c for c in table.columns if c[:1] == "c" and c[1:].isdigit()]
     flat = [t[columns].to_numpy(dtype=float).ravel() for t in (true, guess)]
-    agree = (true["class"].astype(str).to_numpy() == guess["class"].astype(str).to_numpy()).mean()
+    told = (true["class"].astype(str) != "undetermined").to_numpy()
+    same = true["class"].astype(str).to_numpy() == guess["class"].astype(str).to_numpy()
+    agree = same[told].mean() if told.any() else np.nan
     rows = [
         ("synergy_recovery", found(True), top / n),
         ("suppression_recovery", found(False), top / n),
