@@ -210,6 +210,7 @@ def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
     elif isinstance(value, (pd.DataFrame, pd.Series)):
         digest.update(value.to_csv().encode())
     elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode())
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):

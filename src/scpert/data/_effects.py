@@ -160,6 +160,7 @@ class Effects:
         """Row of each target that was perturbed alone."""
         return {t[0]: i for i, t in enumerate(self.targets) if len(t) == 1}
 
+    @cached_property
     def sampling_variance(self) -> np.ndarray:
         """Squared standard errors, float32 ``(perturbation, gene)``; where one is unknown (one cell), what a cell has, over the cells.
 
@@ -215,8 +216,14 @@ class Effects:
         return (*rules[best], spread[best])
 
     def own_shift(self, row: int, column: int, variance: float) -> tuple[float, float]:
-        """Shift of a target's own gene and its standard deviation: as measured, drawn to :attr:`own_rule` by its sampling variance."""
+        """Shift of a target's own gene and its standard deviation: as measured, drawn to :attr:`own_rule` by its sampling variance.
+
+        That counts at least what the cells of all perturbations have on average: two cells that agree in zeros are not exact.
+        """
         measured = float(self.delta[row, column])
+        cells, error2 = np.asarray(self.n_cells, dtype=np.float64), self.std_error[:, column].astype(np.float64) ** 2
+        if np.isfinite(error2).any() and (cells > 1).any():
+            variance = max(variance, float(np.nanmean(error2 * cells)) / max(float(cells[row]), 1.0))
         if self.own_rule is None or variance == 0:
             return measured, float(np.sqrt(variance))
         constant, slope, spread = self.own_rule

@@ -193,7 +193,7 @@ def ceiling(
         if not np.isfinite(effects.std_error).any():
             reason = "a table of effects without standard errors has no halves: give a replicate table as a prediction instead"
             return _empty(labels, names, reason)
-        noise = np.sqrt(effects.sampling_variance()[[effects.row[p] for p in labels]].astype(np.float64))
+        noise = np.sqrt(effects.sampling_variance[[effects.row[p] for p in labels]].astype(np.float64))
     elif len(reference.rows[reference.control]) < 2:
         return _empty(labels, names, "fewer than two control cells: they cannot be halved")
     usable = list(labels) if noise is not None else [p for p in labels if len(reference.rows[p]) >= 2]

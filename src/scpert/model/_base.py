@@ -432,6 +432,8 @@ class PerturbationModel(BaseModel):
     _uses: tuple[str, ...] = ("library_size_key",)
     #: Effects are measured within the strata of the covariates.
     _stratified = False
+    #: Predictions depend on the covariates of the cells that they start from.
+    _reads_covariates = True
     _batch_size = 256
     _group_labels: int | None = None
 
@@ -672,7 +674,10 @@ class PerturbationModel(BaseModel):
     def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
         values = screen.rows(rows, normalised=False)
         size = screen.library_size[rows] if screen.scale == K.SCALE_COUNTS else np.full(len(rows), K.TARGET_SUM)
-        covariates = covariate_codes(screen.adata[rows], self.covariates_)
+        if self._reads_covariates:
+            covariates = covariate_codes(screen.adata[rows], self.covariates_)
+        else:
+            covariates = np.zeros((len(rows), len(self.covariates_)), dtype=np.int64)
         return Reference(values, size.astype(np.float32), covariates, screen.scale)
 
     def _align(self, adata: AnnData) -> AnnData:
@@ -1257,14 +1262,8 @@ class ClosedFormModel(PerturbationModel):
     _scales: tuple[str, ...] = K.SCALES
     _uses = ("library_size_key", "covariate_keys")
     _stratified = True
+    _reads_covariates = False
     _fitted: tuple[str, ...] = ()
-
-    def _reference_from(self, screen: Screen, rows: np.ndarray) -> Reference:
-        """Control cells, whose covariates do not matter: a shift is the same in every stratum."""
-        values = screen.rows(rows, normalised=False)
-        size = screen.library_size[rows] if screen.scale == K.SCALE_COUNTS else np.full(len(rows), K.TARGET_SUM)
-        covariates = np.zeros((len(rows), len(self.covariates_)), dtype=np.int64)
-        return Reference(values, size.astype(np.float32), covariates, screen.scale)
 
     def train(
         self,

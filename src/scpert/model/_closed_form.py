@@ -488,8 +488,12 @@ class LinearGRN(TargetwiseModel):
 
     def _fit(self) -> None:
         mask, e = self._train_mask(), self.effects_
-        moments = self._screen.moments(np.full(self._screen.n_cells, "all"), mask=mask)
-        mean, variance, n = moments.mean[0], np.nan_to_num(moments.var[0]), int(moments.n[0])
+        strata = self._strata()  # genes that go together because of a batch do not regulate each other
+        strata = np.zeros(self._screen.n_cells, dtype=np.int64) if strata is None else strata
+        moments = self._screen.moments(strata, mask=mask)
+        size, n = moments.n[:, None], int(moments.n.sum())
+        freedom = max(n - len(size), 1)
+        variance = (np.nan_to_num(moments.var) * (size - 1)).sum(axis=0) / freedom
         if self.net is not None:
             regulators = sorted({self._position[g] for g in self.net[K.SOURCE]})
         else:
@@ -504,7 +508,7 @@ class LinearGRN(TargetwiseModel):
             if part.shape[0]:
                 cross += (part[:, R].T @ part).toarray()
                 self.top_ = np.maximum(self.top_, part.max(axis=0).toarray().ravel())
-        C = (cross - n * np.outer(mean[R], mean)) / max(n - 1, 1)
+        C = (cross - (size * moments.mean)[:, R].T @ moments.mean) / freedom
         penalty = self.ridge * max(float(np.mean(np.diag(C[:, R]))), 1e-12)
         B = np.zeros((len(R), self.n_genes))
         if self.net is None:

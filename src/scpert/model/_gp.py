@@ -399,7 +399,7 @@ class KnowledgeGP(KnowledgeModel):
         e = self.effects_
         rows = [e.singles[t] for t in self.singles_]
         if np.isfinite(e.std_error).any():
-            error2 = e.sampling_variance()[rows].sum(axis=1, dtype=np.float64) / scale**2
+            error2 = e.sampling_variance[rows].sum(axis=1, dtype=np.float64) / scale**2
         else:
             n = np.maximum(e.n_cells[rows].astype(np.float64), 1.0)
             if np.ptp(n) == 0:
@@ -709,7 +709,7 @@ class KnowledgeGP(KnowledgeModel):
             e.put_own([(x,) for x in unseen], shift, sd)
             shifts, sds = dict(zip(unseen, shift, strict=True)), dict(zip(unseen, sd, strict=True))
         known = np.isfinite(e.std_error).any() and any(x in e.singles for x in names)
-        variance = e.sampling_variance() if known else None
+        variance = e.sampling_variance if known else None
         typical = None if variance is None else np.median(variance, axis=0)
         for x in names:
             if x in e.singles:

@@ -53,6 +53,7 @@ class _GraphModel(PerturbationModel):
     _scales = K.SCALES
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
     _stratified = True
+    _reads_covariates = False
     _group_labels = 2
     _max_epochs = 20
     _monitor = "reconstruction_loss_validation"
@@ -232,10 +233,10 @@ class _GraphModel(PerturbationModel):
         module = self.module
         module.control_mean = torch.as_tensor(e.control_mean, device=module.control_mean.device)
         fitted = e.without_own()
-        square = e.sampling_variance()
+        square = e.sampling_variance
         noise = square.mean(axis=1)
         self._prior = GraphPrior(self._relations).fit(
-            self._sets(e.targets), fitted, noise, random_state, gene_noise=square.mean(axis=0), temper=self._tempered
+            self._sets(e.targets), fitted, noise, random_state, gene_noise=square, temper=self._tempered
         )
         # which perturbations judge the network
         rng = np.random.default_rng(random_state)
@@ -298,7 +299,7 @@ class _GraphModel(PerturbationModel):
         """
         e, gene = self.effects_, {g: j for j, g in enumerate(self.genes_)}
         e.put_own(targets, delta, std)
-        own, variance = np.zeros(delta.shape, dtype=bool), e.sampling_variance()
+        own, variance = np.zeros(delta.shape, dtype=bool), e.sampling_variance
         for i, row in enumerate(targets):
             label = "+".join(row)
             for t in row:

@@ -16,6 +16,7 @@ from scipy import linalg, optimize, sparse
 __all__ = ["GraphPrior"]
 
 _MOST_ROWS = 500  # of the matrix that the strengths are chosen on
+_MOSTLY_NOISE = 5.0  # times the median noise of the rows
 _EVIDENCE = 1.0  # weight of the likelihood beside the leave-one-out error
 
 
@@ -88,7 +89,7 @@ class GraphPrior:
         random_state
             Seed of the choice of rows where there are many.
         gene_noise
-            Variance of the effects by sampling, mean over the perturbations, ``(gene,)``. With it, genes that move
+            Variance of the effects by sampling ``(perturbation, gene)``. With it, genes that move
             much more than their noise are shrunken little, and genes that do not are shrunken much.
         temper
             Divide each effect's deviation from the mean by the square root of its relative size, so that a few huge
@@ -118,7 +119,7 @@ class GraphPrior:
         root = 1.0 / np.sqrt(noise)
         values, vectors = linalg.eigh(root[:, None] * K * root, check_finite=False)
         values = np.maximum(values, 0.0)
-        resolvent = 1.0 / (values[:, None] + self._noise_ratio(delta, gene_noise))
+        resolvent = 1.0 / (values[:, None] + self._noise_ratio(delta, gene_noise, noise))
         self.design, self.noise = design, noise
         self.alpha = root[:, None] * (vectors @ (resolvent * (vectors.T @ (root[:, None] * delta))))
         self.inverse = root[:, None] * ((vectors / (values + 1.0)) @ vectors.T) * root
@@ -126,11 +127,13 @@ class GraphPrior:
         return self
 
     @staticmethod
-    def _noise_ratio(delta: np.ndarray, gene_noise: np.ndarray | None) -> np.ndarray:
-        """Noise over signal of each gene, relative to that of all genes, ``(gene,)``."""
+    def _noise_ratio(delta: np.ndarray, gene_noise: np.ndarray | None, noise: np.ndarray) -> np.ndarray:
+        """Noise over signal of each gene, relative to that of all genes, ``(gene,)``; rows that are mostly noise say nothing of it."""
         if gene_noise is None or not np.any(gene_noise > 0):
             return np.ones(delta.shape[1])
-        signal = np.mean(delta**2, axis=0) - gene_noise
+        told = noise <= _MOSTLY_NOISE * np.median(noise)
+        gene_noise = gene_noise[told].mean(axis=0)
+        signal = np.mean(delta[told] ** 2, axis=0) - gene_noise
         signal = np.maximum(signal, 0.02 * max(signal.mean(), 1e-12))
         ratio = (gene_noise / gene_noise.mean()) / (signal / signal.mean())
         return np.clip(ratio, 0.02, 50.0)

@@ -124,6 +124,11 @@ def _read_annotations(path: Path, form: str, tax: str | None) -> pd.DataFrame:
     rows: list[tuple[str, ...]] = []
     if form == "gmt":
         for name, description, genes in read_gmt(path):
+            if re.match(r"GO:\d{7}$", description) and not re.match(r"GO:\d{7}$", name):
+                raise FileFormatError(
+                    f"{path} has GO terms where a GMT file has descriptions: it looks like a table without a header. Name its columns "
+                    "(gene, term) in a first line."
+                )
             hit = _GO_ID.search(name)
             term = hit.group(1) if hit else name
             domain = description.split("|", 1)[0] if "|" in description else ""

@@ -196,7 +196,7 @@ def _table_effects(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray
         ):  # few cells that happen to agree are no evidence: as in cells, here by the other rows
             n = pd.to_numeric(screen.adata.obs[K.N_CELLS].iloc[rows], errors="coerce").fillna(1.0).to_numpy(dtype=float)
             cells = np.array([n[label == r].sum() for r in range(len(shift))])
-            typical_cell = np.nanmedian(told**2 * cells[:, None], axis=0)
+            typical_cell = np.nanmean(told**2 * cells[:, None], axis=0)
             told = np.fmax(
                 told, np.sqrt(typical_cell / np.maximum(cells, 1)[:, None]) * np.where(np.isnan(told), np.nan, 1.0)
             )

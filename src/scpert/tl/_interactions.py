@@ -783,6 +783,8 @@ def _analyse(
             yb = shifts.resampled_shift(label)
         if not shifts.effects:
             seen = _seen(shifts, singles, label, every, X, y, c, Xb, yb, limits)
+    elif len(here) == k and not shifts.effects:  # measured singles that are noise say nothing of a prediction either
+        seen = _Seen(singles=_some_single(shifts, singles, every, X))
     kind = _classify(row, k, limits, seen)
     n_cells = int(shifts.n[shifts.row[label]]) if origin == "measured" else 0
     row.update(perturbation=label, origin=origin, n_targets=k, n_cells=n_cells, n_genes=len(fitted))
@@ -813,6 +815,25 @@ def _analyse(
     return row
 
 
+def _variance_of(shifts: _Shifts, label: str, genes: np.ndarray) -> np.ndarray:
+    """Of the mean of a label's cells; few cells that happen to agree (most often in zeros) vary as the controls do."""
+    row = shifts.row[label]
+    out: np.ndarray = np.maximum(shifts.se2[row], shifts.control_sd**2 / shifts.n[row])[genes]
+    return out
+
+
+def _some_single(
+    shifts: _Shifts, singles: Sequence[str], genes: np.ndarray, X: np.ndarray, Xb: np.ndarray | None = None
+) -> bool:
+    """Whether the shift of any measured single stands out of its noise."""
+    variance = np.array([_variance_of(shifts, t, genes) for t in singles]) + shifts.control_se2[genes]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.nan_to_num(X[genes] / np.sqrt(variance.T), posinf=0.0, neginf=0.0)
+    return bool(np.abs(z).max() > special.ndtri(1 - _SINGLE_GENE / (2 * z.size))) or any(
+        _stands_out(X[genes, i], variance[i], None if Xb is None else Xb[:, genes, i]) for i in range(len(singles))
+    )
+
+
 def _seen(
     shifts: _Shifts,
     singles: Sequence[str],
@@ -826,21 +847,11 @@ def _seen(
     limits: Mapping[str, float],
 ) -> _Seen:
     """What of a measured combination stands out of its noise, over ``genes`` (chosen without regard to the shifts)."""
-
-    def variance(name: str) -> np.ndarray:
-        """Of the mean of its cells; few cells that happen to agree (most often in zeros) vary as the controls do."""
-        row = shifts.row[name]
-        out: np.ndarray = np.maximum(shifts.se2[row], shifts.control_sd**2 / shifts.n[row])[genes]
-        return out
-
-    own, of_label, control = np.array([variance(t) for t in singles]), variance(label), shifts.control_se2[genes]
+    some = _some_single(shifts, singles, genes, X, Xb)
+    own, of_label = np.array([_variance_of(shifts, t, genes) for t in singles]), _variance_of(shifts, label, genes)
+    control = shifts.control_se2[genes]
     X, y = X[genes], y[genes]
     Xb, yb = (None, None) if Xb is None or yb is None else (Xb[:, genes], yb[:, genes])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.nan_to_num(X / np.sqrt(own.T + control[:, None]), posinf=0.0, neginf=0.0)
-    some = np.abs(z).max() > special.ndtri(1 - _SINGLE_GENE / (2 * z.size)) or any(
-        _stands_out(X[:, i], own[i] + control, None if Xb is None else Xb[:, :, i]) for i in range(len(singles))
-    )
     residual = y - X @ c
     # the controls are in all shifts
     noise = c**2 @ own + of_label + (1 - c.sum()) ** 2 * control
@@ -848,7 +859,7 @@ def _seen(
     unit = np.where(of_label + control > 0, of_label + control, np.inf)
     left = float(((residual**2 - noise) / unit).sum())
     whole = float(((y**2 - of_label - control) / unit).sum())
-    return _Seen(bool(some), beyond and left >= (1 - limits["neomorphism_fit"]) * whole)
+    return _Seen(some, beyond and left >= (1 - limits["neomorphism_fit"]) * whole)
 
 
 def evaluate_interactions(
