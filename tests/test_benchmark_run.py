@@ -532,3 +532,41 @@ def test_nobody_gains_by_silence(screen, tmp_path):
     assert board.loc["Silent", "value"] == pytest.approx(board.loc["training_mean", "value"], rel=1e-3)
     assert board.loc["Silent", "n"] < board.loc["PerturbedMean", "n"]
     assert board.loc["Silent", "rank"] >= board.loc["PerturbedMean", "rank"]
+
+
+class Shy(PerturbedMean):
+    """Says nothing of the perturbations that are nearest to the mean."""
+
+    def _predict_delta(self, targets, reference, rng, batch_size):
+        out = super()._predict_delta(targets, reference, rng, batch_size)
+        out.delta[: len(targets) // 2] = np.nan
+        return out
+
+
+def test_silence_does_not_thin_the_competition(screen, tmp_path):
+    task = _task(screen, metrics=("centroid_accuracy", "mse"))
+    results = benchmark.run([task], [("shy", Shy, {}), "PerturbedMean"], seeds=1, out=tmp_path)
+    wide = results.pivot_table(index=["metric", "perturbation"], columns="model", values="value")
+    np.testing.assert_allclose(wide["shy"], wide["PerturbedMean"], rtol=1e-4)
+
+
+def test_keys_are_the_same_in_every_process():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from mine import Mine\nfrom scpert.benchmark import ModelSpec\nprint(ModelSpec('m', Mine).describe()['parts'])"
+    )
+    source = (
+        "from scpert.model import PerturbedMean\nclass Mine(PerturbedMean):\n    SHRINK = {shrink}\n"
+        "    def check(self, x):\n        return x in {{'a', 'b', 'c', 'd'}}\n"
+    )
+    import tempfile
+    from pathlib import Path
+
+    found = []
+    for shrink, seed in ((1, "0"), (1, "1"), (2, "0")):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "mine.py").write_text(source.format(shrink=shrink))
+            command = [sys.executable, "-c", code, folder]
+            environment = {**os.environ, "PYTHONHASHSEED": seed}
+            found.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    assert found[0] == found[1] != found[2]

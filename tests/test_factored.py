@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -552,3 +553,31 @@ def test_standard_deviations_are_never_zero():
     true = scpert.tl.perturbation_effects(many)[found.obs["perturbation"].astype(str)].X
     assert (std > 0).mean() > 0.99
     assert np.mean(np.abs(found.layers["delta"] - true) <= 1.645 * std) > 0.65
+
+
+@pytest.mark.parametrize("direction", [-1.0, 1.0])
+def test_paths_have_the_sign_of_what_they_do(direction):
+    """A chain of two activating edges, knocked down or activated: the path over the middle moves the last gene as it is measured."""
+    rng = np.random.default_rng(0)
+    effects = {"control": {}, "g0": {0: 1.5, 1: 1.2, 2: 1.0}, "g1": {1: 1.5, 2: 1.3}, "g5": {5: 1.5, 6: -1.2}}
+    counts, labels = [], []
+    for label, shifts in effects.items():
+        n = 400 if label == "control" else 150
+        mean = np.full(20, 8.0)
+        for gene, shift in shifts.items():
+            mean[gene] *= np.exp(direction * shift)
+        counts.append(rng.poisson(mean * rng.gamma(10, 0.1, (n, 20))))
+        labels += [label] * n
+    adata = ad.AnnData(
+        sparse.csr_matrix(np.vstack(counts).astype(np.float32)),
+        obs=pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))]),
+        var=pd.DataFrame(index=[f"g{i}" for i in range(20)]),
+    )
+    GPOVAE.setup_anndata(adata)
+    model = GPOVAE(adata, n_latent=4, n_hidden=16)
+    model.train(max_epochs=5)
+    table = model.explain("g0", n_edges=1000)
+    path = table[(table["hop"] == 1) & (table["source"] == "g1") & (table["target"] == "g2")]["weight"].item()
+    assert np.sign(path) == direction and abs(path) > 0.1
+    assert (model.module.direction == direction).all()
+    assert not (table["source"] == table["target"]).any()

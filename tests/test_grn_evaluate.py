@@ -335,3 +335,32 @@ def test_no_positives_among_controls_of_rare_genes():
         table = scpert.tl.evaluate_grn(net, allow_same_cells=True, k=(1,), n_permutations=0)
         false += int(table["n_positives"].iloc[0])
     assert false <= 1
+
+
+def test_baselines_see_the_same_strata_and_samples():
+    adata = scpert.datasets.simulated(n_genes=50, n_targets=6, n_combinations=0, cells_per_perturbation=120)
+    rng = np.random.default_rng(0)
+    adata.obs["run"] = rng.choice(["x", "y", "z"], adata.n_obs)
+    x = adata.X.toarray()
+    x[:, 30:] = rng.poisson(x[:, 30:] * (1.0 + 2.0 * (adata.obs["run"] == "x").to_numpy()[:, None]) + 1)
+    adata.X = x
+    train, test = adata[::2].copy(), adata[1::2].copy()
+    scpert.tl.infer_grn(train, method="correlation", covariate_keys="run", threshold=0)
+    table = scpert.tl.evaluate_grn(train, observed=test, k=(30,), n_permutations=0).set_index("network")
+    assert table.loc["grn", "auprc"] == pytest.approx(table.loc["correlation", "auprc"])
+    wild = adata.obs["perturbation"].astype(str).to_numpy()
+    wild[rng.choice(np.flatnonzero(wild == "control"), 60, replace=False)] = "wild"
+    adata.obs["perturbation"] = wild
+    train, test = adata[::2].copy(), adata[1::2].copy()
+    scpert.tl.infer_grn(train, method="sparse_inverse", observational="wild")
+    table = scpert.tl.evaluate_grn(train, observed=test, k=(30,), n_permutations=0).set_index("network")
+    assert table.loc["grn", "n_candidates"] == 6 * 49
+
+
+def test_stability_of_what_cannot_vary_is_refused():
+    adata = scpert.datasets.simulated(n_cells=300, n_genes=40, n_targets=5)
+    effects = scpert.tl.perturbation_effects(adata)
+    with pytest.raises(ScpertError, match="every label has one row"):
+        scpert.tl.grn_stability(effects, scale="effects")
+    with pytest.raises(ScpertError, match="has one network"):
+        scpert.tl.grn_stability(adata, model=Net(adata.uns["truth"]["net"]))

@@ -624,6 +624,59 @@ def test_signs_do_not_follow_noise():
     assert len(rare) > 10 and np.mean(np.sign(rare["weight"]) == want) > 0.9
 
 
+def test_tables_of_noise_have_no_edges():
+    """Few rows, or few cells behind a row: the scale of the noise is uncertain itself."""
+    found = 0
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        for n in (8, 30):
+            x = rng.normal(0, rng.gamma(2, 0.2, 100), (n, 100))
+            x[np.arange(n), np.arange(n)] = -4
+            names = [f"g{i}" for i in range(n)]
+            table = ad.AnnData(
+                x,
+                obs=pd.DataFrame({"perturbation": names}, index=names),
+                var=pd.DataFrame(index=[f"g{i}" for i in range(100)]),
+            )
+            scpert.tl.infer_grn(table, scale="effects")
+            found += table.varp["grn"].nnz
+        adata = scpert.datasets.simulated(
+            n_cells=900, n_genes=80, n_targets=30, n_combinations=0, effect_size=0.0, random_state=seed
+        )
+        effects = scpert.tl.perturbation_effects(adata)
+        scpert.tl.infer_grn(effects, scale="effects")
+        found += effects.varp["grn"].nnz
+    assert found <= 2
+
+
+def test_noise_and_direction_do_not_depend_on_who_is_asked_for():
+    rng = np.random.default_rng(0)
+    names = [f"g{i}" for i in range(60)]
+    x = rng.normal(size=(60, 100))
+    x[np.arange(60), np.arange(60)] = -6
+    x[3, 70] = 9.0
+    table = ad.AnnData(
+        x, obs=pd.DataFrame({"perturbation": names}, index=names), var=pd.DataFrame(index=[f"g{i}" for i in range(100)])
+    )
+    scpert.tl.infer_grn(table, scale="effects", threshold=0)
+    whole = scpert.get.grn_df(table).set_index(["source", "target"])["weight"]
+    scpert.tl.infer_grn(table, scale="effects", threshold=0, regulators=["g3", "g7"])
+    some = scpert.get.grn_df(table).set_index(["source", "target"])["weight"]
+    pd.testing.assert_series_equal(
+        some.sort_index(), whole[whole.index.get_level_values(0).isin(["g3", "g7"])].sort_index()
+    )
+    active = scpert.datasets.simulated(
+        n_genes=40, n_targets=5, n_combinations=0, mode="activation", cells_per_perturbation=80, strength=0.8
+    )
+    hidden = targets(active)[0]
+    panel = active[:, active.var_names != hidden].copy()
+    scpert.tl.infer_grn(panel, threshold=0)
+    net = scpert.get.grn_df(panel, unmeasured=True).query("source == @hidden").set_index("target")["weight"]
+    scpert.tl.infer_grn(panel, threshold=0, regulators=[hidden])
+    alone = scpert.get.grn_df(panel, unmeasured=True).set_index("target")["weight"]
+    pd.testing.assert_series_equal(alone.sort_index(), net.sort_index(), check_index_type=False)
+
+
 def test_edges_of_unmeasured_labels_are_not_counted():
     """DREAM4 as it is: labels such as 'multifactorial' are no genes and must not take the edges that were asked for."""
     rng = np.random.default_rng(0)

@@ -479,3 +479,48 @@ def test_sizes_and_temperatures_are_checked(screen):
         with pytest.raises(ScpertError, match=message):
             BioDSNN(screen, **{**_options(BioDSNN), **options})
     assert BioDSNN(screen, **{**_options(BioDSNN), "cell_hidden": 8})._options["cell_hidden"] == (8,)
+
+
+def test_noisy_rows_do_not_spoil_the_others():
+    """Three perturbations of one cell beside seventeen of many: which genes are noise is told by the latter."""
+    adata = scpert.datasets.simulated(n_cells=3000, n_genes=60, n_targets=20, n_combinations=0, random_state=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    names = sorted(set(labels) - {"control"})
+    keep = ~np.isin(labels, names[:3])
+    lone = [np.flatnonzero(labels == n)[0] for n in names[:3]]
+    error = []
+    for rows in (np.flatnonzero(keep), np.sort(np.r_[np.flatnonzero(keep), lone])):
+        some = adata[rows].copy()
+        GEARS.setup_anndata(some)
+        model = GEARS(some, **SMALL)
+        model.train(max_epochs=1, accelerator="cpu")
+        truth = scpert.tl.perturbation_effects(adata)[names[3:]].X
+        error.append(np.mean((model.predict_perturbation(names[3:]).layers["delta"] - truth) ** 2))
+    assert error[1] < 1.02 * error[0]
+
+
+def test_a_trained_target_beside_one_that_is_not_joined():
+    rng = np.random.default_rng(0)
+    names = [f"T{i}" for i in range(20)]
+    adata = scpert_effects(rng.normal(size=(20, 15)), names)
+    net = pd.DataFrame({"source": [*names, "Z1"], "target": [*np.roll(names, 1), "Z2"], "weight": 1.0})
+    GEARS.setup_anndata(adata, scale="effects")
+    model = GEARS(adata, perturbation_net=net, **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    out = model.predict_perturbation(["T0+Z1", "Z1+Z2"])
+    assert list(out.obs["status"]) == ["unseen", "fallback"]
+    assert not np.allclose(out.X[0], out.X[1])
+
+
+def test_new_controls_need_no_covariates_but_must_be_controls(screen):
+    adata = screen.copy()
+    adata.obs["run"] = np.where(np.arange(adata.n_obs) % 2, "a", "b")
+    GEARS.setup_anndata(adata, covariate_keys="run")
+    model = GEARS(adata, **SMALL)
+    model.train(max_epochs=1, accelerator="cpu")
+    new = adata[adata.obs["perturbation"] == "control"].copy()
+    new.obs["run"] = "c"
+    assert model.predict_perturbation(model.labels_[0], adata=new).n_obs == 1
+    new.obs["perturbation"] = "non-targeting"
+    with pytest.raises(scpert.errors.LabelError, match="predictions start from control cells"):
+        model.predict_perturbation(model.labels_[0], adata=new)

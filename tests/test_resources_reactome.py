@@ -193,3 +193,10 @@ def test_agrees_with_the_three_source_files(sets, version):
             assert set(r.genes(p)) == raw[p]
             assert p not in names.index or r.names[p] == names[p].strip()
     check_against_networkx(r, graph, rng.choice(sorted(graph), 100, replace=False))
+
+
+def test_a_list_of_identifiers_is_no_gene_sets(tmp_path):
+    file = tmp_path / "NCBI2Reactome.txt"
+    file.write_text("7157\tR-HSA-109581\thttps://reactome.org/x\tApoptosis\tTAS\tHomo sapiens\n")
+    with pytest.raises(FileFormatError, match="ReactomePathways.gmt"):
+        reactome(file)
