@@ -183,3 +183,18 @@ def test_bad_input(screen):
     with pytest.raises(ScpertError, match="NaN"):
         scpert.tl.perturbation_effects(adata, covariate_keys="donor3")
     assert (adata.X != before.X).nnz == 0 and not adata.uns.keys() - before.uns.keys()
+
+
+def test_many_strata_are_read_in_blocks(monkeypatch):
+    """Blocks of perturbations give what one pass gives."""
+    from scpert.data import _effects
+
+    adata = scpert.datasets.simulated(n_cells=1500, n_genes=40, n_targets=12, n_combinations=0, random_state=0)
+    adata.obs["plate"] = np.random.default_rng(0).choice(list("abcde"), adata.n_obs)
+    whole = scpert.tl.perturbation_effects(adata, covariate_keys="plate")
+    monkeypatch.setattr(_effects, "_STRATA_BYTES", 24 * 5 * 40 * 5)
+    parts = scpert.tl.perturbation_effects(adata, covariate_keys="plate")
+    np.testing.assert_allclose(parts.X, whole.X, rtol=1e-12)
+    for layer in ("std_error", "zscore", "pvals"):
+        np.testing.assert_allclose(parts.layers[layer], whole.layers[layer], rtol=1e-9, equal_nan=True)
+    np.testing.assert_array_equal(parts.obs["n_cells"], whole.obs["n_cells"])

@@ -24,6 +24,9 @@ __all__ = ["Effects", "effects_in_strata", "need_controls", "perturbation_sign",
 
 logger = logging.getLogger("scpert")
 
+#: Memory for sums of each perturbation, stratum and gene; with more of them the matrix is read more than once.
+_STRATA_BYTES = 2**27
+
 
 @dataclass
 class Effects:
@@ -365,9 +368,21 @@ def effects_in_strata(
     Shift, standard error, Welch's degrees of freedom ``(perturbation, gene)``, cells ``(perturbation,)``, and the mean of the
     controls ``(gene,)``.
     """
+    n_strata = int(strata.max(initial=0)) + 1
+    block = max(1, _STRATA_BYTES // (24 * n_strata * len(screen.genes)))
+    if (
+        n_strata > 1 and len(perturbations) > block
+    ):  # a pass for each block of perturbations, in place of all sums at once
+        parts = [
+            effects_in_strata(
+                screen, perturbations[i : i + block], strata, mask=mask, cautious=cautious, progress=progress
+            )
+            for i in range(0, len(perturbations), block)
+        ]
+        shift, error, freedom, n = (np.concatenate([part[j] for part in parts]) for j in range(4))
+        return shift, error, freedom, n, parts[0][4]
     labels = [screen.control, *perturbations]
     code = pd.Index(labels).get_indexer(pd.Index(screen.labels))
-    n_strata = int(strata.max(initial=0)) + 1
     use = code >= 0 if mask is None else mask & (code >= 0)
     size = np.zeros((len(labels), n_strata), dtype=np.int64)
     np.add.at(size, (code[use], strata[use]), 1)
