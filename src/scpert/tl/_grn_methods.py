@@ -49,6 +49,7 @@ class Evidence:
     noise: np.ndarray  # as error, but never swollen by effects: what a real effect must exceed
     sign: np.ndarray  # (regulator,): +1 where the perturbation raises its target, -1 where it lowers it
     offset: np.ndarray  # (regulator,): log of the factor common to most genes, already taken out
+    clear: np.ndarray  # (regulator,): the same, 0 where it is within three standard errors
     share: np.ndarray  # (regulator,): mean weight of its cells; 1 where all count the same
 
 
@@ -94,9 +95,10 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             weights = carrier_weights(screen, problem.regulators, problem.position, strata)
             if weights is not None:
                 shift, error, share = weighted_effects(screen, problem.regulators, weights, strata)
-        offset = np.zeros(len(shift))
+        offset = clear = np.zeros(len(shift))
         if composition:
-            offset, sensitivity = composition_offset(screen, shift, error)
+            offset, sensitivity, noise = composition_offset(screen, shift, error)
+            clear = np.where(np.abs(offset) > _CLEAR_OFFSET * noise, offset, 0.0)
             for row, log_factor in enumerate(offset):  # in place: these are the largest arrays
                 shift[row] -= log_factor * sensitivity
         zscore, pvals = welch(shift, error, freedom)
@@ -108,6 +110,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             error,
             perturbation_sign(shift, error, problem.position),
             offset,
+            clear,
             share,
         )
     shift, error, noise, freedom = _table_effects(problem)
@@ -121,17 +124,28 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
         noise,
         perturbation_sign(shift, noise, problem.position),
         np.zeros(len(shift)),
+        np.zeros(len(shift)),
         np.ones(len(shift)),
     )
 
 
-def composition_offset(screen: Screen, shift: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log factor that most genes share ``(regulator,)`` and how far a gene shifts per unit of it ``(gene,)``."""
+#: Standard errors that a common factor must have before cells are scaled by it: its noise would be an effect of all genes.
+_CLEAR_OFFSET = 3.0
+
+
+def composition_offset(
+    screen: Screen, shift: np.ndarray, error: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and its error.
+
+    The weighted median of independent normal ratios with weights :math:`w_g`, one over their errors, has the standard error
+    :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`.
+    """
     controls = np.flatnonzero(screen.is_control)
     some = screen.rows(controls[np.unique(np.linspace(0, len(controls) - 1, min(len(controls), 2000)).astype(int))])
     some.data = -np.expm1(-some.data)
     sensitivity = np.asarray(some.mean(axis=0)).ravel().astype(np.float64)
-    offset = np.zeros(len(shift))
+    offset, noise = np.zeros(len(shift)), np.zeros(len(shift))
     for row, (values, errors) in enumerate(zip(shift, error, strict=True)):
         use = (sensitivity > 0) & np.isfinite(errors) & (errors > 0)
         if use.sum() >= 10:
@@ -139,7 +153,8 @@ def composition_offset(screen: Screen, shift: np.ndarray, error: np.ndarray) -> 
             order = np.argsort(ratio, kind="stable")
             total = np.cumsum(weight[order])
             offset[row] = ratio[order][np.searchsorted(total, total[-1] / 2)]
-    return offset, sensitivity
+            noise[row] = np.sqrt(np.pi / 2) / np.sqrt((weight**2).sum())
+    return offset, sensitivity, noise
 
 
 #: Asymptotic efficiency of the median absolute deviation, beside the standard deviation, for normal values.
@@ -676,7 +691,7 @@ def _decoded_effects(trained: Any, problem: Problem, columns: np.ndarray, error:
 
 
 def _without_offset(problem: Problem, shift: np.ndarray, error: np.ndarray) -> np.ndarray:
-    offset, sensitivity = composition_offset(problem.screen, shift, error)
+    offset, sensitivity, _ = composition_offset(problem.screen, shift, error)
     return shift - offset[:, None] * sensitivity[None, :]
 
 
@@ -695,7 +710,7 @@ def rank_effects(problem: Problem, found: Evidence) -> Evidence:
     code = pd.Index([screen.control, *problem.regulators]).get_indexer(pd.Index(screen.labels))
     used = np.flatnonzero(code >= 0)
     values = screen.rows(used)
-    values = scaled(values, np.exp(-np.concatenate([[0.0], found.offset]))[code[used]])
+    values = scaled(values, np.exp(-np.concatenate([[0.0], found.clear]))[code[used]])
     strata, _ = strata_of(screen.adata, problem.covariate_keys or None)
     z, pvals = rank_sums(values, code[used], len(problem.regulators), strata[used])
     # ranked by the p-value, as a normal would have it
