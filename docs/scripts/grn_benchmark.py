@@ -158,7 +158,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a setting's name, e.g. 'penetrance 1.0'")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(QUICK))
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--few-controls", action="store_true", help="only: the error rate with few control cells, ten seeds")
+    parser.add_argument(
+        "--few-controls", action="store_true", help="only: the error rate with few control cells, ten seeds"
+    )
     parser.add_argument("--save")
     parser.add_argument("--load", nargs="+")
     arguments = parser.parse_args()
