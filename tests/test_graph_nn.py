@@ -218,15 +218,19 @@ def test_prior_shrinks_genes_by_their_noise():
     rng = np.random.default_rng(0)
     graph = {"g": normalised_adjacency(_random_graph(9, 0.3, 0))}
     sets, delta, noise = [[i] for i in range(9)], rng.normal(size=(9, 3)) * [1.0, 1.0, 0.1], np.full(9, 0.1)
-    gene_noise = np.array([0.01, 0.3, 0.01])
+    gene_noise = np.tile([0.01, 0.3, 0.01], (9, 1))
     prior = GraphPrior(graph).fit(sets, delta, noise, gene_noise=gene_noise)
-    ratio = prior._noise_ratio(delta, gene_noise)
+    ratio = prior._noise_ratio(delta, gene_noise, prior.noise)
     K = prior._covariance(prior.design, prior.design)
     for g in range(3):
         A = np.linalg.inv(K + ratio[g] * np.diag(prior.noise))
         np.testing.assert_allclose(prior.alpha[:, g], A @ delta[:, g], atol=1e-8)
         np.testing.assert_allclose(prior.loo[:, g], delta[:, g] - A @ delta[:, g] / np.diag(A), atol=1e-8)
     assert ratio[1] > ratio[0]
+    # a perturbation of one cell, nearly all noise, does not change what is known of the genes
+    wild = np.vstack([delta, [50.0, -50.0, 80.0]])
+    wild_noise = np.vstack([gene_noise, [2000.0, 3000.0, 5000.0]])
+    np.testing.assert_allclose(prior._noise_ratio(wild, wild_noise, np.append(prior.noise, 3000.0)), ratio)
 
 
 def test_prior_gradient_and_limits():
