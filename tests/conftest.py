@@ -44,3 +44,22 @@ def _small_screen():
 def small_screen(_small_screen):
     """240 cells x 12 genes, 5 targets, 2 combinations, split by cells; a fresh copy."""
     return _small_screen.copy()
+
+
+@pytest.fixture
+def run_of_six():
+    """2,000 cells x 50 genes, 12 targets; six of them (named) only in a run (``late``, half of the controls) with 20 genes of its own."""
+    import numpy as np
+
+    import scpert
+
+    adata = scpert.datasets.simulated(n_cells=2000, n_genes=50, n_targets=12, n_combinations=0, random_state=1)
+    labels = adata.obs["perturbation"].astype(str).to_numpy()
+    names = sorted(set(labels) - {"control"})
+    rng = np.random.default_rng(0)
+    late = np.where(labels == "control", rng.random(len(labels)) < 0.5, np.isin(labels, names[:6]))
+    x = adata.X.toarray()
+    x[:, 20:40] = np.where(late[:, None], rng.poisson(x[:, 20:40] * 3 + 2), x[:, 20:40])
+    adata.X = x
+    adata.obs["run"] = late.astype(str)
+    return adata, names, late

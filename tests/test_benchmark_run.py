@@ -460,7 +460,7 @@ def test_errors(screen, tmp_path):
         benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
 
 
-def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path):
+def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path, caplog):
     """Two contexts with different genes at work: what a perturbation does in one is what it does in the other."""
     rng = np.random.default_rng(0)
     base = rng.gamma(0.6, 3, (2, 60)) + 0.05
@@ -491,8 +491,10 @@ def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path):
     assert mean["Additive", "mse"] < 0.4 * mean["NoChange", "mse"]
     adata.obs["batch"] = np.where(np.arange(adata.n_obs) % 2, "x", "y")
     both = dataclasses.replace(task, name="both", setup={"covariate_keys": ["batch"]})
+    assert "held-out cells are compared with all" not in caplog.text
     results = benchmark.run([both], ["Additive"], seeds=1, out=tmp_path)  # the context is a stratum beside others
     assert results[results["metric"] == "pearson_delta"].groupby("model")["value"].mean()["Additive"] > 0.85
+    assert caplog.text.count("held-out cells are compared with all") == 1
     for question in ("unseen context", "Unseen contexts"):
         with pytest.raises(ScpertError, match="predictions would start"):
             Task("line", adata, "given", question=question)

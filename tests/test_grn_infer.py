@@ -533,7 +533,7 @@ def test_tables_and_profiles_without_replicates():
 
 
 def test_error_rate_with_few_controls():
-    """Ten controls that happen to agree are no evidence: the rate was 0.9 when only perturbed cells were looked at twice."""
+    """Twenty controls that happen to agree are no evidence: the rate was 0.9 when only perturbed cells were looked at twice."""
     found = false = 0
     for seed in range(6):
         adata = scpert.datasets.simulated(n_cells=3000, n_genes=200, n_targets=10, n_combinations=0, random_state=seed)

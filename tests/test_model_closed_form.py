@@ -292,17 +292,9 @@ def test_predictions_stand_on_the_mean_of_all_training_controls(monkeypatch, tmp
     np.testing.assert_array_equal(again.predict_perturbation(label).X, out.X)
 
 
-def test_effects_within_covariates():
+def test_effects_within_covariates(run_of_six):
     """A batch with genes of its own, and half of the perturbations in it alone: no effect of theirs."""
-    adata = scpert.datasets.simulated(n_cells=2000, n_genes=50, n_targets=12, n_combinations=0, random_state=1)
-    labels = adata.obs["perturbation"].astype(str).to_numpy()
-    names = sorted(set(labels) - {"control"})
-    rng = np.random.default_rng(0)
-    late = np.where(labels == "control", rng.random(len(labels)) < 0.5, np.isin(labels, names[:6]))
-    x = adata.X.toarray()
-    x[:, 20:40] = np.where(late[:, None], rng.poisson(x[:, 20:40] * 3 + 2), x[:, 20:40])
-    adata.X = x
-    adata.obs["run"] = late.astype(str)
+    adata, names, _ = run_of_six
     wanted = scpert.tl.perturbation_effects(adata, covariate_keys="run")[names[:6]].X
     for cls in (scpert.model.Additive, scpert.model.PerturbedMean):
         cls.setup_anndata(adata, covariate_keys="run")
@@ -310,6 +302,6 @@ def test_effects_within_covariates():
         model.train()
         found = model.effects_.delta[[model.effects_.row[n] for n in names[:6]]]
         np.testing.assert_allclose(found, wanted, atol=1e-4)
-    new = adata[labels == "control"].copy()
+    new = adata[adata.obs["perturbation"] == "control"].copy()
     del new.obs["run"]  # a shift is the same in every stratum: other controls need not say theirs
     assert model.predict_perturbation(names[0], adata=new).n_obs == 1

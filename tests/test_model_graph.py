@@ -356,17 +356,10 @@ def test_validation_perturbations_stop_training(screen, nets):
 
 
 @pytest.mark.parametrize("cls", [GEARS, BioDSNN])
-def test_effects_of_the_linear_model_are_within_covariates(cls):
+def test_effects_of_the_linear_model_are_within_covariates(cls, run_of_six):
     """Half of the perturbations are measured in a batch with a shift of its own: it is no effect of theirs."""
-    adata = scpert.datasets.simulated(n_cells=2000, n_genes=50, n_targets=12, n_combinations=0, random_state=1)
+    adata, names, late = run_of_six
     labels = adata.obs["perturbation"].astype(str).to_numpy()
-    names = sorted(set(labels) - {"control"})
-    rng = np.random.default_rng(0)
-    late = np.where(labels == "control", rng.random(len(labels)) < 0.5, np.isin(labels, names[:6]))
-    x = adata.X.toarray()
-    x[:, 20:40] = np.where(late[:, None], rng.poisson(x[:, 20:40] * 3 + 2), x[:, 20:40])
-    adata.X = x
-    adata.obs["run"] = late.astype(str)
     wanted = scpert.tl.perturbation_effects(adata, covariate_keys="run")[names[:6]].X
     error = {}
     for keys in (None, "run"):
@@ -422,7 +415,8 @@ def test_limits_of_own_genes():
     np.testing.assert_allclose(out.layers["std"][own, at], model.effects_.own_rule[2], rtol=1e-5)
 
 
-def test_what_no_measured_target_is_joined_to_is_said():
+def _ring_and_a_pair() -> GEARS:
+    """Twenty measured targets in a ring, and two others that are joined to each other alone."""
     rng = np.random.default_rng(0)
     names = [f"T{i}" for i in range(20)]
     adata = scpert_effects(rng.normal(size=(20, 15)), names)
@@ -430,6 +424,11 @@ def test_what_no_measured_target_is_joined_to_is_said():
     GEARS.setup_anndata(adata, scale="effects")
     model = GEARS(adata, perturbation_net=net, **SMALL)
     model.train(max_epochs=1, accelerator="cpu")
+    return model
+
+
+def test_what_no_measured_target_is_joined_to_is_said():
+    model = _ring_and_a_pair()
     table = model.coverage(["Z1", "T0"])
     assert list(table["in_graph"]) == [True, True] and list(table["predictable"]) == [False, True]
     out = model.predict_perturbation("Z1")
@@ -500,13 +499,7 @@ def test_noisy_rows_do_not_spoil_the_others():
 
 
 def test_a_trained_target_beside_one_that_is_not_joined():
-    rng = np.random.default_rng(0)
-    names = [f"T{i}" for i in range(20)]
-    adata = scpert_effects(rng.normal(size=(20, 15)), names)
-    net = pd.DataFrame({"source": [*names, "Z1"], "target": [*np.roll(names, 1), "Z2"], "weight": 1.0})
-    GEARS.setup_anndata(adata, scale="effects")
-    model = GEARS(adata, perturbation_net=net, **SMALL)
-    model.train(max_epochs=1, accelerator="cpu")
+    model = _ring_and_a_pair()
     out = model.predict_perturbation(["T0+Z1", "Z1+Z2"])
     assert list(out.obs["status"]) == ["unseen", "fallback"]
     assert not np.allclose(out.X[0], out.X[1])

@@ -272,12 +272,6 @@ def _references(task: Task, held: AnnData, train: AnnData) -> dict[str, tuple[An
     from ..metrics import Reference
 
     options = {k: v for k, v in task.setup.items() if k != "covariate_keys"}
-    if task.setup.get("covariate_keys") and task.setup.get("scale") != K.SCALE_EFFECTS:
-        logger.warning(
-            "task %s: models measure effects within covariate_keys, but held-out cells are compared with all held-out controls: "
-            "where a covariate goes with perturbations, its shift counts as an effect in every score.",
-            task.name,
-        )
     if task.split != "contexts":
         return {"": (Reference(held, train, **options), None)}
     out: dict[str, tuple[Any, AnnData | None]] = {}
@@ -339,9 +333,9 @@ def _completed(predicted: AnnData, reference: Any) -> AnnData:
     there = set(predicted.obs[K.PERTURBATION].astype(str)[finite])
     silent = [p for p in reference.perturbations if p not in there]
     mean = metrics.training_mean(reference) if silent and reference.centroid is not None else None
-    if mean is None or not finite.any() or list(mean.var_names) != list(predicted.var_names):
+    if mean is None or not finite.any() or K.DELTA not in mean.layers:
         return predicted
-    if K.DELTA not in mean.layers:
+    if list(mean.var_names) != list(predicted.var_names):
         return predicted
     import anndata
 
@@ -566,6 +560,12 @@ def run(
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:
         task.check()
+        if task.setup.get("covariate_keys") and task.setup.get("scale") != K.SCALE_EFFECTS:
+            logger.warning(
+                "task %s: models measure effects within covariate_keys, but held-out cells are compared with all held-out controls: "
+                "where a covariate goes with perturbations, its shift counts as an effect in every score.",
+                task.name,
+            )
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,12 @@ from ..errors import LabelError, UnknownTargetError
 from ._base import Prediction, Reference
 from ._closed_form import KnowledgeModel
 from ._knowledge import GeneFeatures, _embedding
-from ._response import Response, fit_response, limit_widths, spread
+from ._response import NORMAL_90, Response, fit_response, limit_widths, spread
 
 __all__ = ["KnowledgeGP"]
 
 logger = logging.getLogger("scpert")
 
-_NORMAL = 1.645  # standard deviations that hold 90 %
 _FEWEST_DOUBLES = 4
 #: Rows on which weights, noise and limits are learned; more training perturbations than that are sampled.
 MAX_LEARN = 1000
@@ -724,7 +723,7 @@ class KnowledgeGP(KnowledgeModel):
             if row is not None:
                 delta[i], std[i] = (shifts[t[0]], sds[t[0]]) if len(t) == 1 else (e.delta[row], e.std_error[row])
                 noise = e.std_error[row] if variance is None else np.sqrt(variance[row])
-                half[i] = _NORMAL * np.hypot(std[i], noise)  # a new measurement has its own noise
+                half[i] = NORMAL_90 * np.hypot(std[i], noise)  # a new measurement has its own noise
                 continue
             total = np.sum([shifts[x] for x in t], axis=0)
             if len(t) > 1:
@@ -739,10 +738,10 @@ class KnowledgeGP(KnowledgeModel):
             if any(x in unseen for x in t):
                 half[i] = std[i] * self.quantile_
             elif len(t) == 1 or not all(x in e.singles for x in t):
-                half[i] = _NORMAL * std[i]
+                half[i] = NORMAL_90 * std[i]
             elif len(t) == 2:
                 std[i] = np.where(np.isfinite(self.double_sd_), self.double_sd_, std[i])
-                half[i] = _NORMAL * self.double_sd_
+                half[i] = NORMAL_90 * self.double_sd_
             else:
                 half[i] = np.nan
             fallback[i] = not all(self._covers(x) for x in t)

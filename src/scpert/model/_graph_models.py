@@ -23,7 +23,7 @@ from ..module._graph_prior import GraphPrior
 from ..nn._graph import net_matrix, normalised_adjacency
 from ._base import PerturbationModel, Prediction, Reference
 from ._knowledge import GeneFeatures, read_knowledge
-from ._response import limit_widths
+from ._response import NORMAL_90, limit_widths
 
 __all__ = ["GEARS", "BioDSNN"]
 
@@ -31,9 +31,6 @@ logger = logging.getLogger("scpert")
 
 _MANY_GENES = 3000  # above which attention without a mask is announced as slow
 _FEWEST_JUDGES = 5  # perturbations needed to learn how far the network is to be trusted
-_OWN_WIDTH = (
-    1.645  # half-width of the 90 % limits of own genes in standard deviations; their errors are of their own kind
-)
 _HELD_OUT = 0.2  # share of the training perturbations that judge the network, where no validation ones are given
 
 
@@ -366,7 +363,8 @@ class _GraphModel(PerturbationModel):
         own = self._put_own(delta, std, targets)
         delta[fallback] = e.mean
         delta = delta.astype(np.float32)
-        half = np.where(own, _OWN_WIDTH, c["width"]).astype(np.float32) * std
+        # errors of own genes are of their own kind
+        half = np.where(own, NORMAL_90, c["width"]).astype(np.float32) * std
         return Prediction(delta, std, delta - half, delta + half, fallback)
 
     def _predict_cells(

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["COVERAGE", "Response", "fit_response", "limit_widths", "spread"]
+__all__ = ["NORMAL_90", "COVERAGE", "Response", "fit_response", "limit_widths", "spread"]
+
+#: Standard deviations of a normal to either side that hold 90 %.
+NORMAL_90 = 1.645
 
 #: Share of the values of unseen perturbations that limits are made to hold.
 COVERAGE = 0.9

@@ -22,7 +22,7 @@ from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
 from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, strata_of
 from ._grn import infer_grn, problem_of
-from ._grn_methods import _CLEAR_OFFSET, composition_offset, scaled, total_effects
+from ._grn_methods import composition_offset, scaled, total_effects
 from ._rank_sum import rank_sums
 
 if TYPE_CHECKING:
@@ -306,10 +306,7 @@ def _judge_interventions(
         shift, error = shift[rows], error[rows]
         distance = plain_distance = _Wasserstein(values.tocsc(), groups, everywhere)
         if composition:
-            offset, sensitivity, noise = composition_offset(screen, shift, error)
-            offset = np.where(
-                np.abs(offset) > _CLEAR_OFFSET * noise, offset, 0.0
-            )  # what is noise would be one in all genes at once
+            _, sensitivity, offset = composition_offset(screen, shift, error)
             shift = shift - offset[:, None] * sensitivity[None, :]
             values = scaled(values, np.exp(-np.concatenate([[0.0], offset]))[groups])
         if composition or strata.any():

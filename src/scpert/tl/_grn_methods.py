@@ -97,8 +97,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
                 shift, error, share = weighted_effects(screen, problem.regulators, weights, strata)
         offset = clear = np.zeros(len(shift))
         if composition:
-            offset, sensitivity, noise = composition_offset(screen, shift, error)
-            clear = np.where(np.abs(offset) > _CLEAR_OFFSET * noise, offset, 0.0)
+            offset, sensitivity, clear = composition_offset(screen, shift, error)
             for row, log_factor in enumerate(offset):  # in place: these are the largest arrays
                 shift[row] -= log_factor * sensitivity
         zscore, pvals = welch(shift, error, freedom)
@@ -136,7 +135,9 @@ _CLEAR_OFFSET = 3.0
 def composition_offset(
     screen: Screen, shift: np.ndarray, error: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and its error.
+    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and the factor where clear.
+
+    The last is 0 within three standard errors: cells scaled by noise would have an effect of all genes at once.
 
     The weighted median of independent normal ratios with weights :math:`w_g`, one over their errors, has the standard error
     :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`.
@@ -154,7 +155,7 @@ def composition_offset(
             total = np.cumsum(weight[order])
             offset[row] = ratio[order][np.searchsorted(total, total[-1] / 2)]
             noise[row] = np.sqrt(np.pi / 2) / np.sqrt((weight**2).sum())
-    return offset, sensitivity, noise
+    return offset, sensitivity, np.where(np.abs(offset) > _CLEAR_OFFSET * noise, offset, 0.0)
 
 
 #: Asymptotic efficiency of the median absolute deviation, beside the standard deviation, for normal values.

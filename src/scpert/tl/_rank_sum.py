@@ -44,13 +44,14 @@ def rank_sums(
     strata = np.zeros(len(code), dtype=np.int64) if strata is None else strata
     present = np.unique(strata)
     total = np.zeros((3, n_groups, n_genes))  # of the difference from its expectation: value, variance, third cumulant
+    bar = progress(range(len(present) * n_genes), total=len(present) * n_genes, description="rank tests", unit="gene")
     for s in present:
         mine = strata == s
         columns = sparse.csc_matrix(values[mine] if len(present) > 1 else values)
         group = code[mine]
         size = np.bincount(group, minlength=n_groups + 1).astype(np.float64)
         weight = (1.0 / (size[1:] + size[0] + 1))[:, None] ** np.arange(1, 4) if len(present) > 1 else np.ones((1, 3))
-        for gene in progress(range(n_genes), total=n_genes, description="rank tests", unit="gene"):
+        for gene, _ in zip(range(n_genes), bar, strict=False):
             start, stop = columns.indptr[gene], columns.indptr[gene + 1]
             found = _cumulants(columns.data[start:stop], group[columns.indices[start:stop]], size)
             total[:, :, gene] += (weight * found).T
