@@ -538,3 +538,30 @@ def test_entries_that_are_stored_in_parts_are_one(truth):
     np.testing.assert_allclose(a.X, b.X, atol=1e-6)
     np.testing.assert_allclose(a.layers["std_error"], b.layers["std_error"], atol=1e-6)
     assert parts.X.nnz == 2 * x.nnz  # the user's matrix stays as it was
+
+
+def test_truth_and_ceiling_within_covariates(run_of_six, caplog):
+    """Mean profiles are shifted by what the controls of their strata differ by; halves by their own controls."""
+    adata, _, _ = run_of_six
+    effects = scpert.tl.perturbation_effects(adata, covariate_keys="run")
+    reference = metrics.Reference(adata, adata, covariate_keys="run")
+    shift = reference.mean - reference.control_mean
+    np.testing.assert_allclose(shift, effects[reference.perturbations].X, atol=1e-9)
+    np.testing.assert_allclose(reference.train_effects, shift, atol=1e-9)
+    profiles = metrics.pseudobulk(adata, covariate_keys="run")
+    assert evaluate(profiles, adata, covariate_keys="run", metrics="mse")["mse"].max() < 1e-9
+    # a screen without effects whose second run holds one perturbation: nothing is left of the run
+    null = adata[(adata.obs["perturbation"] == "control").to_numpy()].copy()
+    label = np.where(np.arange(null.n_obs) % 3 == 0, np.where(null.obs["run"] == "True", "B", "A"), "control")
+    null.obs["perturbation"] = label
+    pooled, within = (
+        metrics.ceiling(null, metrics="pearson_delta", covariate_keys=k, n_draws=10) for k in (None, "run")
+    )
+    assert pooled["pearson_delta"].min() > 0.6
+    assert within["pearson_delta"].max() < 0.3
+    null.obs.loc[null.obs["run"] == "True", "perturbation"] = "B"
+    few = metrics.Reference(null, covariate_keys="run")
+    assert few.perturbations == ["A"] and "are left out" in caplog.text
+    null.obs["cell"] = null.obs_names
+    with pytest.raises(ScpertError, match="No stratum of covariate_keys"):
+        metrics.Reference(null, covariate_keys="cell")

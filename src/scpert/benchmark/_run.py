@@ -36,7 +36,7 @@ logger = logging.getLogger("scpert")
 
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _references(task: Task, held: AnnData, train: AnnData) -> dict[str, tuple[An
     """What held-out cells are compared with, and the controls to predict from (``None``: the model's); one for each context."""
     from ..metrics import Reference
 
-    options = {k: v for k, v in task.setup.items() if k != "covariate_keys"}
+    options = {k: v for k, v in task.setup.items() if v is not None}
     if task.split != "contexts":
         return {"": (Reference(held, train, **options), None)}
     out: dict[str, tuple[Any, AnnData | None]] = {}
@@ -560,12 +560,6 @@ def run(
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:
         task.check()
-        if task.setup.get("covariate_keys") and task.setup.get("scale") != K.SCALE_EFFECTS:
-            logger.warning(
-                "task %s: models measure effects within covariate_keys, but held-out cells are compared with all held-out controls: "
-                "where a covariate goes with perturbations, its shift counts as an effect in every score.",
-                task.name,
-            )
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)

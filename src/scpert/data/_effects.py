@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import listing
+from .._checks import check_obs_key, listing
 from ..errors import LabelError, ScpertError
 from ._perturbation import parse
 from ._screen import Screen
@@ -20,7 +20,15 @@ from ._screen import Screen
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Effects", "effects_in_strata", "need_controls", "perturbation_sign", "std_errors_of", "without_own"]
+__all__ = [
+    "Effects",
+    "effects_in_strata",
+    "need_controls",
+    "perturbation_sign",
+    "std_errors_of",
+    "strata_of",
+    "without_own",
+]
 
 logger = logging.getLogger("scpert")
 
@@ -310,6 +318,23 @@ def without_own(delta: np.ndarray, targets: Sequence[tuple[str, ...]], genes: Se
     others = len(out) - np.bincount(j, minlength=out.shape[1])
     out[i, j] = (out.sum(axis=0, dtype=np.float64) / np.maximum(others, 1))[j]
     return out
+
+
+def strata_of(adata: AnnData, covariate_keys: str | Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Integer stratum of each cell ``(cell,)`` and the names of the strata; one stratum without covariates."""
+    keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
+    if not keys:
+        return np.zeros(adata.n_obs, dtype=np.int64), ["all"]
+    columns = [check_obs_key(adata, key, "covariate_keys") for key in keys]
+    for key, column in zip(keys, columns, strict=True):
+        if column.isna().any():
+            raise ScpertError(
+                f"The covariate adata.obs[{key!r}] is NaN in {int(column.isna().sum())} cells. "
+                "Give every cell a value or drop these cells."
+            )
+    joined = pd.Series(list(zip(*(c.astype(str) for c in columns), strict=True)))
+    codes, names = pd.factorize(joined, sort=True)
+    return codes.astype(np.int64), [" / ".join(n) for n in names]
 
 
 def need_controls(

@@ -35,6 +35,7 @@ def evaluate(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
     level: str = "auto",
     max_cells: int = 1000,
     random_state: int = 0,
@@ -62,6 +63,9 @@ def evaluate(
         Names from :data:`METRICS`; by default all that the level of the prediction allows.
     layer, scale, library_size_key
         Where the values of ``observed`` and ``train`` are, and what they are; the full library size for small panels.
+    covariate_keys
+        Columns of ``observed`` and ``train`` (batch, donor ...) within which perturbed cells are compared with control cells, as in
+        :class:`Reference`.
     level
         ``"pseudobulk"``, ``"cell"`` or ``"auto"``: cells where a label has several rows.
     max_cells
@@ -109,6 +113,7 @@ def evaluate(
             layer=layer,
             scale=scale,
             library_size_key=library_size_key,
+            covariate_keys=covariate_keys,
         )
     pair = Pair(predicted, reference, level=level, random_state=random_state, max_cells=max_cells)
     return compute(pair, metrics)

@@ -17,7 +17,8 @@ from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_obs_key, check_unique_names, listing
-from ..data import Screen, check_labels, iter_rows, parse, read_rows, scale_evidence
+from ..data import Moments, Screen, check_labels, iter_rows, parse, read_rows, scale_evidence
+from ..data._effects import strata_of
 from ..errors import LabelError, ScaleError, ScpertError
 
 if TYPE_CHECKING:
@@ -31,11 +32,69 @@ logger = logging.getLogger("scpert")
 FLAT = 1e-6
 
 
-def _group_rows(labels: np.ndarray) -> dict[str, np.ndarray]:
+def group_rows(labels: np.ndarray, strata: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Rows of each label; without those of stratum -1."""
     names, codes = np.unique(labels.astype(str), return_inverse=True)
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
-    return {str(name): rows for name, rows in zip(names, parts, strict=True)}
+    if strata is not None:
+        parts = [rows[strata[rows] >= 0] for rows in parts]
+    return {str(name): rows for name, rows in zip(names, parts, strict=True) if len(rows)}
+
+
+def _strata(screen: Screen, covariate_keys: str | Sequence[str] | None, name: str) -> np.ndarray | None:
+    """Stratum of each cell ``(cell,)``, -1 where it has fewer than two controls; ``None``: all cells are in one."""
+    if screen.scale == K.SCALE_EFFECTS or not screen.is_control.any():
+        return None  # nothing to compare within
+    strata, names = strata_of(screen.adata, covariate_keys)
+    if len(names) == 1:
+        return None
+    few = np.bincount(strata[screen.is_control], minlength=len(names)) < 2
+    if few.all():
+        raise ScpertError(
+            f"No stratum of covariate_keys has two control cells in {name} ({listing(names, 5)}): merge strata, or leave the covariate "
+            "out."
+        )
+    if few.any():
+        logger.warning(
+            "%d of %d cells of %s are left out: their strata of covariate_keys (%s) have fewer than two control cells",
+            int(few[strata].sum()),
+            screen.n_cells,
+            name,
+            listing([n for n, lost in zip(names, few, strict=True) if lost], 5),
+        )
+        strata = np.where(few, -1, np.cumsum(~few) - 1)[strata]
+    return strata
+
+
+def without_strata(mean: np.ndarray, share: np.ndarray, control: np.ndarray, weight: np.ndarray) -> None:
+    """Take out of mean profiles what the controls of their strata differ by from all controls, in place.
+
+    ``mean`` ``(group, gene)``; ``share`` ``(group, stratum)``, where the cells of a group lie; ``control`` ``(stratum, gene)``,
+    means of the controls; ``weight`` ``(stratum,)``, the share of the controls.
+    """
+    mean -= share @ (control - weight @ control)
+
+
+def shares(groups: Sequence[np.ndarray], strata: np.ndarray) -> np.ndarray:
+    """Share of the cells of each group in each stratum ``(group, stratum)``."""
+    n = int(strata.max(initial=0)) + 1
+    return np.array([np.bincount(strata[rows], minlength=n) / max(len(rows), 1) for rows in groups]).reshape(-1, n)
+
+
+def _moments(screen: Screen, strata: np.ndarray | None) -> Moments:
+    """Mean profiles of the perturbations within strata, and of the controls; the variances are those of the cells as they are."""
+    if strata is None:
+        return screen.moments()
+    use = strata >= 0
+    moments = screen.moments(mask=use)
+    beside = screen.moments(strata, mask=use & screen.is_control)
+    control = beside.mean[np.argsort(beside.groups.astype(int))]
+    rows = group_rows(screen.labels, strata)
+    weight = shares([rows[screen.control]], strata)[0]
+    share = shares([rows[str(g)] for g in moments.groups], strata)
+    without_strata(moments.mean, share, control, weight)
+    return moments
 
 
 class Blocks:
@@ -90,6 +149,11 @@ class Reference:
         Training cells (or effects): origin of the perturbed centroid, of the training mean and of the components.
     perturbation_key, control, layer, scale, library_size_key
         As everywhere; they hold for ``observed`` and ``train``.
+    covariate_keys
+        Columns (batch, donor ...) within which profiles are compared with control cells: what the controls of a stratum differ by
+        from all controls is taken out of the mean profiles of the perturbations, as
+        :func:`scpert.tl.perturbation_effects` does. Cells of strata with fewer than two controls are left out. Metrics of cells
+        and tests (differential expression) compare the cells as they are.
 
     Examples
     --------
@@ -110,6 +174,7 @@ class Reference:
         layer: str | None = None,
         scale: str = K.SCALE_AUTO,
         library_size_key: str | None = None,
+        covariate_keys: str | Sequence[str] | None = None,
     ):
         options: dict[str, Any] = {
             "perturbation_key": perturbation_key,
@@ -123,10 +188,16 @@ class Reference:
         self.screen = Screen(observed, **options)
         self.scale = self.screen.scale
         self.genes = np.asarray(self.screen.genes.astype(str), dtype=object)
-        self.perturbations = list(self.screen.perturbations)
-        if not self.perturbations:
+        if not self.screen.perturbations:
             raise LabelError(f"observed holds control cells only: nothing to compare in obs[{perturbation_key!r}].")
-        self.rows = _group_rows(self.screen.labels)
+        self.strata = _strata(self.screen, covariate_keys, "observed")
+        self.rows = group_rows(self.screen.labels, self.strata)
+        self.perturbations = [p for p in self.screen.perturbations if p in self.rows]
+        if not self.perturbations:
+            raise ScpertError(
+                "No perturbed cell of observed is in a stratum of covariate_keys with two control cells: merge strata, or leave the "
+                "covariate out."
+            )
         self._blocks = Blocks()
         self.n_cells = np.array([len(self.rows[p]) for p in self.perturbations])
         if self.scale == K.SCALE_EFFECTS:
@@ -141,13 +212,14 @@ class Reference:
                 raise ScaleError("train holds effects but observed holds cells: give both on the same scale.")
             if self.train.scale == K.SCALE_EFFECTS:
                 _check_effects(self.train, "train")
+        self._train_strata = None if self.train is None else _strata(self.train, covariate_keys, "train")
         self._cache: dict[Any, Any] = {}
 
     # ------------------------------------------------------------------------------------------ observed
 
     @cached_property
     def _moments(self) -> dict[str, np.ndarray]:
-        moments = self.screen.moments()
+        moments = _moments(self.screen, self.strata)
         where = {str(g): i for i, g in enumerate(moments.groups)}
         rows = [where[p] for p in self.perturbations]
         out = {"mean": moments.mean[rows], "var": moments.var[rows]}
@@ -184,7 +256,7 @@ class Reference:
     @cached_property
     def _train_moments(self) -> Any:
         train: Any = self.train
-        return train.moments()
+        return _moments(train, self._train_strata)
 
     @cached_property
     def train_effects(self) -> np.ndarray | None:
@@ -212,7 +284,7 @@ class Reference:
     @cached_property
     def train_labels(self) -> list[str]:
         """Labels of the training perturbations, in the order of :attr:`train_effects`."""
-        return [] if self.train is None else list(self.train.perturbations)
+        return [] if self.train is None else [str(g) for g in self._train_moments.groups if g != self.control]
 
     @cached_property
     def train_control(self) -> np.ndarray | None:
@@ -227,7 +299,7 @@ class Reference:
     @cached_property
     def centroid(self) -> np.ndarray | None:
         """Systema's reference: the mean of the training perturbations' centroids, each with equal weight ``(gene,)``."""
-        if self.train is None or not self.train.perturbations:
+        if self.train is None or not self.train_labels:
             return None
         return self._train_centroids.mean(axis=0)
 
@@ -242,7 +314,7 @@ def _check_effects(screen: Screen, name: str) -> None:
                 "relative to control. Subtract the control from all rows, or pass the profiles as log1p values "
                 "(scale='log1p')."
             )
-    doubled = [label for label, rows in _group_rows(screen.labels).items() if len(rows) > 1]
+    doubled = [label for label, rows in group_rows(screen.labels).items() if len(rows) > 1]
     if doubled:
         raise ScaleError(
             f"{name} is a table of effects, yet {listing(doubled, 3)} has several rows. Average them "
@@ -267,7 +339,7 @@ class Prediction:
         if reference.control != K.CONTROL:
             labels = np.where(labels == K.CONTROL, reference.control, labels)
         self.labels = labels
-        self.rows = _group_rows(labels)
+        self.rows = group_rows(labels)
         self._blocks = Blocks()
         most = max(len(rows) for label, rows in self.rows.items() if label != reference.control or len(self.rows) == 1)
         self.level = ("cell" if most > 1 else "pseudobulk") if level == "auto" else level

@@ -17,7 +17,7 @@ from .._progress import progress
 from ..data._effects import Effects
 from ..errors import ScpertError
 from ._evaluate import compute
-from ._pair import Blocks, Pair, Reference
+from ._pair import Blocks, Pair, Reference, group_rows, shares, without_strata
 from ._registry import METRICS, resolve
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def pseudobulk(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
 ) -> AnnData:
     """Mean profiles of real cells, in the form of a prediction.
 
@@ -53,6 +54,8 @@ def pseudobulk(
         Cells by genes, or a table of effects.
     {labels}
     {values}
+    covariate_keys
+        Columns within which perturbed cells are compared with control cells, as in :class:`Reference`.
 
     Returns
     -------
@@ -73,6 +76,7 @@ def pseudobulk(
         layer=layer,
         scale=scale,
         library_size_key=library_size_key,
+        covariate_keys=covariate_keys,
     )
     return as_prediction(reference, reference.mean, reference.mean - reference.control_mean, n_cells=reference.n_cells)
 
@@ -126,6 +130,7 @@ def ceiling(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
     n_draws: int = 20,
     kind: str = "split_half",
     random_state: int = 0,
@@ -139,7 +144,7 @@ def ceiling(
 
     Parameters
     ----------
-    observed, perturbation_key, control, train, layer, scale, library_size_key
+    observed, perturbation_key, control, train, layer, scale, library_size_key, covariate_keys
         As in :func:`evaluate`.
     metrics
         By default all metrics of mean profiles. Metrics of cells can be named; they cost one evaluation per draw.
@@ -180,6 +185,7 @@ def ceiling(
             layer=layer,
             scale=scale,
             library_size_key=library_size_key,
+            covariate_keys=covariate_keys,
         )
     names = [m.name for m in resolve(metrics, [n for n, m in METRICS.items() if m.default and "cells" not in m.needs])]
     if kind == "interpolated" and reference.centroid is None:
@@ -208,11 +214,11 @@ def ceiling(
     needs_cells = any("cells" in METRICS[n].needs for n in names)
     for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
         half = _halve(reference, usable, rng) if noise is None else _thinned(reference, noise, rng)
-        table = compute(half.pair(kind, needs_cells), names)
+        table = half.scores(kind, names)
         if len(usable) > 1:
             turn = int(rng.integers(1, len(usable)))
             own.append(by_chance(table))
-            wrong.append(by_chance(compute(half.pair(kind, needs_cells, turn=turn), names)))
+            wrong.append(by_chance(half.scores(kind, names, turn=turn)))
         if table.attrs["reasons"]:
             reasons = table.attrs["reasons"]
         filled = table.fillna(0.0)
@@ -279,6 +285,18 @@ class _Halves:
     def __init__(self, predicting: _Half, truth: _Half):
         self.predicting, self.truth = predicting, truth
 
+    def scores(self, kind: str, names: Sequence[str], *, turn: int = 0) -> pd.DataFrame:
+        """Table of the metrics; within strata only metrics of cells are those of cells, which are not shifted."""
+        cells = [n for n in names if "cells" in METRICS[n].needs]
+        if not cells or len(cells) == len(names) or self.truth.strata is None:
+            return compute(self.pair(kind, bool(cells), turn=turn), names)
+        table = compute(self.pair(kind, False, turn=turn), names)
+        of_cells = compute(self.pair(kind, True, turn=turn), cells)
+        table[of_cells.columns] = of_cells
+        reasons = {k: v for k, v in table.attrs["reasons"].items() if k not in of_cells.columns}
+        table.attrs["reasons"] = reasons | of_cells.attrs["reasons"]
+        return table
+
     def pair(self, kind: str, cells: bool, *, turn: int = 0) -> Pair:
         """One half as the prediction of the other; ``turn``: each perturbation is predicted by another one's replicate.
 
@@ -335,17 +353,21 @@ def _thinned(reference: Reference, noise: np.ndarray, rng: np.random.Generator) 
 
 
 def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator) -> _Halves:
-    """Disjoint halves; one pass over the matrix gives the sums of the first, the second is the rest."""
-    order = [*usable, reference.control]
+    """Disjoint halves, of the controls in each stratum; one pass over the matrix gives the sums of all."""
     codes = np.full(reference.screen.n_cells, -1)
-    rows: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
-    for i, label in enumerate(order):
-        mixed = rng.permutation(reference.rows[label])
+    strata = np.zeros(len(codes), dtype=int) if reference.strata is None else reference.strata
+    controls = group_rows(strata[reference.rows[reference.control]])
+    groups = [(label, reference.rows[label]) for label in usable]
+    groups += [(reference.control, reference.rows[reference.control][at]) for at in controls.values()]
+    pieces: tuple[dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]] = ({}, {})
+    for i, (label, members) in enumerate(groups):
+        mixed = rng.permutation(members)
         cut = len(mixed) // 2
         for side, part in enumerate((mixed[:cut], mixed[cut : 2 * cut])):
-            rows[side][label] = np.sort(part)
+            pieces[side].setdefault(label, []).append(part)
             codes[part] = 2 * i + side
-    size = 2 * len(order)
+    rows = [{label: np.sort(np.concatenate(parts)) for label, parts in side.items()} for side in pieces]
+    size = 2 * len(groups)
     total = np.zeros((size, len(reference.genes)))
     square = np.zeros_like(total)
     for where, block in reference.screen.chunks():
@@ -356,18 +378,28 @@ def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator
             (block.data.astype(np.float64) ** 2, block.indices, block.indptr), shape=block.shape
         )
         square += (member @ squared).toarray()
-    n = np.bincount(codes[codes >= 0], minlength=size)[:, None]
+    n = np.bincount(codes[codes >= 0], minlength=size)[:, None].astype(float)
+    k = len(usable)
+    by_name = np.argsort(np.array(usable, dtype=object).astype(str), kind="stable")
+    halves = []
+    for side in (0, 1):
+        of_side = [x[side::2] for x in (total, square, n)]
+        mean, var = _mean_var(*(x[:k][by_name] for x in of_side))
+        base, base_var = _mean_var(*(x[k:].sum(axis=0, keepdims=True) for x in of_side))
+        if reference.strata is not None:
+            in_stratum, cells = of_side[0][k:] / of_side[2][k:], of_side[2][k:, 0]
+            share = shares([rows[side][label] for label in np.array(usable, dtype=object)[by_name]], strata)
+            without_strata(mean, share[:, [int(s) for s in controls]], in_stratum, cells / cells.sum())
+        moments = {"mean": mean, "var": var, "control": base[0], "control_var": base_var[0]}
+        halves.append(_Half(reference, rows[side], moments))
+    return _Halves(*halves)
+
+
+def _mean_var(total: np.ndarray, square: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = total / n
     with np.errstate(invalid="ignore", divide="ignore"):
         var = np.where(n > 1, np.maximum(square - n * mean**2, 0) / (n - 1), np.nan)
-    halves = []
-    for side in (0, 1):
-        m, v = mean[side::2], var[side::2]
-        moments = {"mean": m[:-1], "var": v[:-1], "control": m[-1], "control_var": v[-1]}
-        by_name = np.argsort(np.array(usable, dtype=object).astype(str), kind="stable")
-        moments["mean"], moments["var"] = moments["mean"][by_name], moments["var"][by_name]
-        halves.append(_Half(reference, rows[side], moments))
-    return _Halves(*halves)
+    return mean, var
 
 
 def _padj(half: Reference) -> np.ndarray:

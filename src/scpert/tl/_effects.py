@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_obs_key, listing
+from .._checks import listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
-from ..data._effects import effects_in_strata, need_controls, std_errors_of
+from ..data._effects import effects_in_strata, need_controls, std_errors_of, strata_of
 from ..data._screen import CHUNK_ROWS
 from ..errors import ScpertError
 
@@ -44,23 +44,6 @@ def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
     out = np.full(pvals.shape, np.nan)
     out[tested] = values
     return out
-
-
-def strata_of(adata: AnnData, covariate_keys: str | Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
-    """Integer stratum of each cell ``(cell,)`` and the names of the strata; one stratum without covariates."""
-    keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
-    if not keys:
-        return np.zeros(adata.n_obs, dtype=np.int64), ["all"]
-    columns = [check_obs_key(adata, key, "covariate_keys") for key in keys]
-    for key, column in zip(keys, columns, strict=True):
-        if column.isna().any():
-            raise ScpertError(
-                f"The covariate adata.obs[{key!r}] is NaN in {int(column.isna().sum())} cells. "
-                "Give every cell a value or drop these cells."
-            )
-    joined = pd.Series(list(zip(*(c.astype(str) for c in columns), strict=True)))
-    codes, names = pd.factorize(joined, sort=True)
-    return codes.astype(np.int64), [" / ".join(n) for n in names]
 
 
 @shared_docs

@@ -16,11 +16,11 @@ from .. import _keys as K
 from .._checks import check_choice, check_fraction, check_net, check_obs_key, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, parse
-from ..data._effects import perturbation_sign
+from ..data._effects import perturbation_sign, strata_of
 from ..data._screen import cell_hashes
 from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
-from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, strata_of
+from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects
 from ._grn import infer_grn, problem_of
 from ._grn_methods import composition_offset, scaled, total_effects
 from ._rank_sum import rank_sums

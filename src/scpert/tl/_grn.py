@@ -25,10 +25,11 @@ from .._checks import (
     suggest,
 )
 from ..data import Screen, parse
+from ..data._effects import strata_of
 from ..data._screen import cell_hashes
 from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
-from ._effects import benjamini_hochberg, strata_of
+from ._effects import benjamini_hochberg
 
 if TYPE_CHECKING:
     from anndata import AnnData

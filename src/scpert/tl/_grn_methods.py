@@ -15,9 +15,9 @@ from scipy import sparse, special
 from .. import _keys as K
 from .._checks import check_choice, listing
 from ..data import parse
-from ..data._effects import perturbation_sign, std_errors_of
+from ..data._effects import perturbation_sign, std_errors_of, strata_of
 from ..errors import ScaleError, ScpertError
-from ._effects import effects_of_cells, strata_of, table_spread, welch
+from ._effects import effects_of_cells, table_spread, welch
 from ._grn import Scores, prior_factor, weighted_bh
 from ._grn_carriers import carrier_weights, weighted_effects
 

@@ -17,8 +17,9 @@ from .._checks import as_mask, check_obs_key, check_seed, check_whole, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, canonical, join, parse
+from ..data._effects import strata_of
 from ..errors import ScpertError, UnknownTargetError
-from ._effects import benjamini_hochberg, perturbation_effects, strata_of
+from ._effects import benjamini_hochberg, perturbation_effects
 
 __all__ = ["rank_perturbations"]
 
