@@ -460,3 +460,35 @@ def test_numbers_are_checked(screen):
             genetic_interactions(screen.copy(), **options)
     with pytest.raises(ScpertError, match="k=0.5"):
         evaluate_interactions(pd.DataFrame(), k=0.5)
+
+
+def test_combinations_of_another_batch(caplog):
+    """Combinations in a batch with genes of its own: within batches the coefficients are those of the truth."""
+    rng = np.random.default_rng(0)
+    base = rng.gamma(1.0, 3, 120) + 0.3
+    effect = {t: np.where(rng.random(120) < 0.3, rng.normal(0, 0.8, 120), 0) for t in "ABCDEF"}
+    truth = {"A+B": (1.0, 1.0), "C+D": (0.5, 0.5), "E+F": (1.6, 1.2)}
+    other = np.where(rng.random(120) < 0.4, rng.normal(0, 1, 120), 0)
+    groups = [("control", 0 * base, "x"), ("control", other, "y")]
+    groups += [(t, effect[t], "x") for t in effect]
+    groups += [(p, c1 * effect[p[0]] + c2 * effect[p[2]] + other, "y") for p, (c1, c2) in truth.items()]
+    counts = [rng.poisson(base * np.exp(x) / (base * np.exp(x)).sum() * 3000, size=(150, 120)) for _, x, _ in groups]
+    adata = ad.AnnData(
+        sparse.csr_matrix(np.vstack(counts).astype(np.float32)),
+        obs=pd.DataFrame(
+            {k: np.repeat([g[i] for g in groups], 150) for k, i in (("perturbation", 0), ("batch", 2))},
+            index=[f"c{i}" for i in range(150 * len(groups))],
+        ),
+        var=pd.DataFrame(index=[f"g{i}" for i in range(120)]),
+    )
+    pooled, within = (
+        scpert.tl.genetic_interactions(adata, n_boot=20, covariate_keys=keys, copy=True).uns["genetic_interactions"]
+        for keys in (None, "batch")
+    )
+    expected = pd.DataFrame(truth, index=["c1", "c2"]).T
+    assert (within[["c1", "c2"]] - expected).abs().max().max() < 0.15
+    assert (pooled[["c1", "c2"]] - expected).abs().max().max() > 0.5
+    assert within["class"].to_dict() == {"A+B": "additive", "C+D": "suppression", "E+F": "synergy"}
+    assert (within["model_fit"] > pooled["model_fit"] + 0.2).all()
+    with pytest.raises(ScpertError, match="fewer than two control cells"):
+        scpert.tl.genetic_interactions(adata[150:].copy(), covariate_keys="batch", n_boot=0)

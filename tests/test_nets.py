@@ -120,6 +120,30 @@ def test_coexpression_uses_training_cells_only(screen):
     assert everything.keys() != found.keys()
 
 
+def test_coexpression_within_covariates(screen):
+    """Against numpy: correlation of what is left without the means of each batch."""
+    train = (screen.obs["split"] == "train").to_numpy()
+    counts = screen.X.toarray()
+    values = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    screen = screen.copy()
+    screen.obs["run"] = np.where(np.arange(screen.n_obs) % 3 == 0, "x", "y")
+    screen.obs["part"] = np.where(np.arange(screen.n_obs) % 2 == 0, "a", "b")
+    both = (screen.obs["run"] + screen.obs["part"]).to_numpy()
+    for batch in np.unique(both):
+        values[both == batch] -= values[train & (both == batch)].mean(axis=0)
+    r = np.corrcoef(values[train].T)
+    net = coexpression_net(screen, threshold=0.05, top_k=None, covariate_keys=["run", "part"])
+    found = edges(net)
+    expected = {
+        (a, b): r[i, j]
+        for i, a in enumerate(screen.var_names)
+        for j, b in enumerate(screen.var_names)
+        if i != j and abs(r[i, j]) >= 0.05
+    }
+    assert found.keys() == expected.keys()
+    assert np.allclose([found[e] for e in expected], list(expected.values()), atol=1e-5)
+
+
 def test_coexpression_top_k_and_forms(screen, monkeypatch):
     r = pearson(screen, (screen.obs["split"] == "train").to_numpy()).abs()
     net = coexpression_net(screen, threshold=0.01, top_k=4)

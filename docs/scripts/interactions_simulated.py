@@ -1,12 +1,16 @@
 """Recovery of simulated interactions: coefficients, classes, limits, by cells per perturbation and estimator.
 
-Prints the tables of ``docs/interactions.md``.
+Prints the tables of ``docs/interactions.md``; ``--batches``: combinations in another batch than the singles, pooled and within batches.
 """
 
 from __future__ import annotations
 
+import sys
+
+import anndata as ad
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 import scpert
 
@@ -18,6 +22,46 @@ SETTINGS = {
     "plain Theil-Sen": {"weighted": False},
     "all genes, plain Theil-Sen": {"min_zscore": 0.0, "weighted": False},
 }
+
+
+def two_batches(seed: int, n_genes: int = 150, n_cells: int = 150) -> tuple[ad.AnnData, pd.DataFrame]:
+    """Six singles in one batch, three combinations in another that shifts 0.4 of the genes; controls in both."""
+    rng = np.random.default_rng(seed)
+
+    def shift(share: float, sd: float) -> np.ndarray:
+        return np.where(rng.random(n_genes) < share, rng.normal(0, sd, n_genes), 0)
+
+    base = rng.gamma(1.0, 3, n_genes) + 0.3
+    effect = {t: shift(0.3, 0.8) for t in "ABCDEF"}
+    batch = shift(0.4, 1.0)
+    truth = {"A+B": (1.0, 1.0, "additive"), "C+D": (0.5, 0.5, "suppression"), "E+F": (1.6, 1.2, "synergy")}
+    groups = [("control", 0 * base, "x"), ("control", batch, "y"), *((t, effect[t], "x") for t in effect)]
+    groups += [(p, c1 * effect[p[0]] + c2 * effect[p[2]] + batch, "y") for p, (c1, c2, _) in truth.items()]
+    counts = []
+    for _, change, _ in groups:
+        mean = base * np.exp(change)
+        counts.append(rng.poisson(mean / mean.sum() * 3000, size=(n_cells, n_genes)))
+    obs = {k: np.repeat([g[i] for g in groups], n_cells) for k, i in (("perturbation", 0), ("batch", 2))}
+    names = [f"cell{i}" for i in range(n_cells * len(groups))]
+    return ad.AnnData(sparse.csr_matrix(np.vstack(counts)), obs=pd.DataFrame(obs, index=names)), pd.DataFrame(
+        truth, index=["c1", "c2", "class"]
+    ).T
+
+
+def batches() -> None:
+    rows = []
+    for seed in range(10):
+        adata, truth = two_batches(seed)
+        for name, keys in (("pooled", None), ("within batches", "batch")):
+            scpert.tl.genetic_interactions(adata, n_boot=0, covariate_keys=keys)
+            table = adata.uns["genetic_interactions"].loc[truth.index]
+            error = (table[["c1", "c2"]] - truth[["c1", "c2"]].astype(float)).to_numpy()
+            found = pd.DataFrame({"class": table["class"], "right": table["class"] == truth["class"]})
+            rows.append(found.assign(controls=name, square=(error**2).mean(axis=1)))
+    table = pd.concat(rows)
+    for name, part in table.groupby("controls", sort=False):
+        print(f"{name}: class right {part['right'].sum()} of {len(part)}, neomorphism {(part['class'] == 'neomorphism').sum()}, "
+              f"RMSE of the coefficients {np.sqrt(part['square'].mean()):.2f}")  # fmt: skip
 
 
 def main() -> None:
@@ -71,4 +115,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     scpert.settings.progress = False
-    main()
+    batches() if "--batches" in sys.argv else main()

@@ -147,6 +147,7 @@ class _GraphModel(PerturbationModel):
             layer=self._field_state["layer"],
             scale=self.scale_,
             library_size_key=s["library_size_key"],
+            covariate_keys=list(self.covariates_) if self.scale_ != K.SCALE_EFFECTS else None,
         )
 
     def _mask(self, gene_net: pd.DataFrame, pathway_net: pd.DataFrame | None, use_mask: bool) -> sparse.csr_matrix:

@@ -13,6 +13,7 @@ from scipy import sparse
 from .. import _keys as K
 from .._checks import check_fraction, check_net, check_obs_key, check_unique_names, check_whole, listing
 from .._progress import progress
+from ..data._effects import strata_of
 from ..data._screen import iter_rows, log1p_cp10k, resolve_layer, resolve_scale
 from ..errors import ScaleError, ScpertError, SplitError
 
@@ -170,6 +171,7 @@ def coexpression_net(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Genes that are expressed together in the training cells: the graph of genes of GEARS and BioDSNN.
 
@@ -189,6 +191,9 @@ def coexpression_net(
         (a log line says so).
     layer, scale, library_size_key
         Where the values are, what they are, and the column with the full library size: as in every model.
+    covariate_keys
+        Columns (batch, donor ...) within which cells are correlated: the means of each stratum are taken out, so that genes which a
+        batch shifts together are no pair for that.
 
     Returns
     -------
@@ -240,7 +245,8 @@ def coexpression_net(
         sizes = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
     n_genes = adata.n_vars
     gram = np.zeros((n_genes, n_genes))
-    total = np.zeros(n_genes)
+    strata, strata_names = strata_of(adata, covariate_keys)
+    total = np.zeros((len(strata_names), n_genes))
     shift: np.ndarray | None = None
     chunk = 2048
     n_chunks = -(-adata.n_obs // chunk)
@@ -264,9 +270,11 @@ def coexpression_net(
             shift = values.mean(axis=0)
         values -= shift
         gram += values.T @ values
-        total += values.sum(axis=0, dtype=np.float64)
+        for s in np.unique(strata[start + keep]):
+            total[s] += values[strata[start + keep] == s].sum(axis=0, dtype=np.float64)
     n = int(use.sum())
-    gram -= np.outer(total, total / n)
+    cells = np.bincount(strata[use], minlength=len(total))
+    gram -= total.T @ (total / np.maximum(cells, 1)[:, None])
     deviation = np.sqrt(np.maximum(np.diag(gram), 0.0))
     varies = deviation > 1e-6 * np.sqrt(n)
     inverse = np.where(varies, 1 / np.where(varies, deviation, 1.0), 0.0)

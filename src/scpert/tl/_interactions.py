@@ -18,6 +18,7 @@ from .. import _keys as K
 from .._checks import check_fraction, check_positive, check_seed, check_whole, listing
 from .._progress import progress
 from ..data import Screen, canonical, parse
+from ..data._effects import need_controls, strata_of
 from ..errors import MissingKeyError, ScpertError
 from ..pp._write import writable
 
@@ -413,51 +414,78 @@ def _classify(m: Mapping[str, float], k: int, limits: Mapping[str, float], seen:
 
 
 class _Shifts:
-    """Shifts from control, their errors and resampled shifts, of measured and predicted perturbations."""
+    """Shifts from the controls of their own strata, their errors and resampled shifts, of measured perturbations."""
 
-    def __init__(self, screen: Screen, n_boot: int, random_state: int):
-        self.screen = screen
+    def __init__(self, screen: Screen, strata: np.ndarray, n_boot: int, random_state: int):
+        self.screen, self.strata = screen, strata
         self.effects = screen.scale == K.SCALE_EFFECTS
-        moments = screen.moments(progress=lambda chunks: progress(chunks, description="means", unit="chunk"))
-        self.row = {str(g): i for i, g in enumerate(moments.groups)}
-        self.n = moments.n
-        self.mean, var = moments.mean, moments.var
+        labels, code = np.unique(screen.labels.astype(str), return_inverse=True)
+        self.row = {str(g): i for i, g in enumerate(labels)}
+        n_strata, n_genes = int(strata.max(initial=0)) + 1, len(screen.genes)
+        moments = screen.moments(
+            code * n_strata + strata, progress=lambda chunks: progress(chunks, description="means", unit="chunk")
+        )
+        label, stratum = np.divmod(moments.groups.astype(np.int64), n_strata)
+        n = np.zeros((len(labels), n_strata), dtype=np.int64)
+        n[label, stratum] = moments.n
+        self.n, self.freedom = n.sum(axis=1), np.maximum(n - 1, 0).sum(axis=1)
+        #: Share of the cells of a label in each stratum ``(label, stratum)``.
+        self.share = n / self.n[:, None]
+        self.mean, var = np.zeros((len(labels), n_genes)), np.zeros((len(labels), n_genes))
+        np.add.at(self.mean, label, self.share[label, stratum][:, None] * moments.mean)
+        many = moments.n > 1
+        np.add.at(var, label[many], (moments.n[many] - 1)[:, None] * moments.var[many])
+        var[self.freedom == 0] = np.nan
+        var /= np.maximum(self.freedom, 1)[:, None]
+        #: Means of the controls and their squared errors ``(stratum, gene)``; zero where there are none.
+        self.control_mean, self.control_se2 = np.zeros((n_strata, n_genes)), np.zeros((n_strata, n_genes))
         if self.effects:
-            self.control_mean = np.zeros(len(screen.genes))
             self.se2 = np.full_like(self.mean, np.nan)
-            self.control_se2 = self.control_sd = np.full(len(screen.genes), np.nan)
+            self.control_se2[:] = np.nan
+            self.control_sd = np.full(n_genes, np.nan)
         else:
-            control = self.row[screen.control]
-            self.control_mean = self.mean[control]
-            self.se2 = var / moments.n[:, None]
-            self.control_se2, self.control_sd = self.se2[control], np.sqrt(var[control])
+            self.se2 = var / self.n[:, None]
+            at = (label == self.row[screen.control]) & many
+            self.control_mean[stratum[at]] = moments.mean[at]
+            self.control_se2[stratum[at]] = moments.var[at] / moments.n[at, None]
+            self.control_sd = np.sqrt(var[self.row[screen.control]])
         self.n_boot = 0 if self.effects else n_boot
         self.random_state = random_state
         self._control_boot: np.ndarray | None = None
 
     def shift(self, label: str) -> np.ndarray:
-        return self.mean[self.row[label]] - self.control_mean
+        return self.mean[self.row[label]] - self.share[self.row[label]] @ self.control_mean
+
+    def shared_error(self, one: str, other: str) -> np.ndarray:
+        """Covariance of two shifts, by the controls that both are compared with ``(gene,)``."""
+        out: np.ndarray = (self.share[self.row[one]] * self.share[self.row[other]]) @ self.control_se2
+        return out
 
     def zscore(self, label: str) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = np.abs(self.shift(label)) / np.sqrt(self.se2[self.row[label]] + self.control_se2)
+            z = np.abs(self.shift(label)) / np.sqrt(self.se2[self.row[label]] + self.shared_error(label, label))
         return np.nan_to_num(z, nan=0.0, posinf=0.0)
 
     def _resampled(self, label: str) -> np.ndarray:
-        """Means of resampled cells ``(n_boot, gene)``; a label's draws do not depend on which others are asked for."""
-        index = np.flatnonzero(self.screen.labels == label)
+        """Sums of cells resampled in each stratum ``(n_boot, stratum, gene)``; draws do not depend on what else is asked for."""
         rng = np.random.default_rng([self.random_state, zlib.crc32(label.encode())])
-        out = np.zeros((self.n_boot, len(self.screen.genes)))
-        counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=self.n_boot)
-        for start in range(0, len(index), 4096):
-            block = self.screen.rows(index[start : start + 4096])
-            out += np.asarray((block.T @ counts[:, start : start + 4096].T).T)
-        return out / len(index)
+        out = np.zeros((self.n_boot, self.share.shape[1], len(self.screen.genes)))
+        of_label = self.screen.labels == label
+        for s in np.flatnonzero(self.share[self.row[label]]):
+            index = np.flatnonzero(of_label & (self.strata == s))
+            counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=self.n_boot)
+            for start in range(0, len(index), 4096):
+                block = self.screen.rows(index[start : start + 4096])
+                out[:, s] += np.asarray((block.T @ counts[:, start : start + 4096].T).T)
+        return out
 
     def resampled_shift(self, label: str) -> np.ndarray:
         if self._control_boot is None:
-            self._control_boot = self._resampled(self.screen.control)
-        return self._resampled(label) - self._control_boot
+            control = self.row[self.screen.control]
+            n = np.maximum(self.share[control] * self.n[control], 1)
+            self._control_boot = self._resampled(self.screen.control) / n[:, None]
+        mean = self._resampled(label).sum(axis=1) / self.n[self.row[label]]
+        return mean - np.einsum("s,bsg->bg", self.share[self.row[label]], self._control_boot)
 
 
 def _predicted_shifts(predicted: AnnData, genes: pd.Index, key: str, control: str) -> dict[str, np.ndarray]:
@@ -507,6 +535,7 @@ def genetic_interactions(
     layer: str | None = None,
     scale: str = K.SCALE_AUTO,
     library_size_key: str | None = None,
+    covariate_keys: str | Sequence[str] | None = None,
     genes: Iterable[str] | None = None,
     min_zscore: float = 3.0,
     min_genes: int = 50,
@@ -542,6 +571,9 @@ def genetic_interactions(
         Resamplings for the limits, of cells (controls, singles and combination) or, for predictions, of genes; 0: none.
     layer, scale, library_size_key
         Where the values are, what they are, and the column with the full library size.
+    covariate_keys
+        Columns (batch, donor ...) within which cells are compared, as in :func:`scpert.tl.perturbation_effects`: shifts are from the
+        controls of a cell's own stratum, and cells are resampled within strata.
     genes
         Genes to use. By default the coefficients of measured combinations come from all genes; the other measures, and
         coefficients by Theil-Sen, from those with a z-score of at least ``min_zscore`` in any single or in the measured
@@ -594,7 +626,7 @@ def genetic_interactions(
     Raises
     ------
     ScpertError
-        If there is no combination whose singles are there.
+        If there is no combination whose singles are there; if a stratum with perturbed cells has fewer than two control cells.
 
     Notes
     -----
@@ -668,9 +700,12 @@ def genetic_interactions(
     jobs = [job for job in jobs if not lacking[job]]
     if skipped:
         logger.warning("genetic_interactions: %d combinations lack a single: %s", len(skipped), listing(skipped))
-    shifts = _Shifts(screen, int(n_boot), random_state)
-    if not shifts.effects:  # one cell has no error
-        lone = {p for p, i in shifts.row.items() if shifts.n[i] < 2}
+    strata, strata_names = strata_of(adata, covariate_keys if screen.scale != K.SCALE_EFFECTS else None)
+    if len(strata_names) > 1:
+        need_controls(screen, strata, lambda cell: strata_names[strata[cell]])
+    shifts = _Shifts(screen, strata, int(n_boot), random_state)
+    if not shifts.effects:  # one cell (of each stratum) has no error
+        lone = {p for p, i in shifts.row.items() if shifts.freedom[i] < 1}
         if control in lone:
             raise ScpertError(f"There is one control cell ({control!r}): shifts from it have no error. Measure more.")
         alone = [(o, p) for o, p in jobs if lone & {*parse(p, control), *([p] if o == "measured" else [])}]
@@ -725,7 +760,7 @@ def _analyse(
     if shifts.effects:
         unit = np.ones(len(y))
     elif len(here) == k:
-        unit = np.sqrt(shifts.se2[[shifts.row[t] for t in singles]].sum(axis=0) + k * shifts.control_se2)
+        unit = np.sqrt(sum(shifts.se2[shifts.row[t]] + shifts.shared_error(t, t) for t in singles))
     else:  # singles that were predicted have no error of their own
         unit = shifts.control_sd
     unit = np.where(np.isfinite(unit), unit, 0.0)
@@ -749,13 +784,16 @@ def _analyse(
         )
     seed = np.random.default_rng([shifts.random_state, zlib.crc32(label.encode()), 1])
     used = [shifts.row[p] for p in [*singles, label, control] if p in shifts.row]
-    corrected = weighted and not shifts.effects and origin == "measured" and shifts.n[used].min() > 1
+    corrected = weighted and not shifts.effects and origin == "measured" and shifts.freedom[used].min() > 0
     if corrected:  # by all genes: a choice by these shifts would depend on their errors, which the correction excludes
         n = shifts.n[used]
         pooled = n**2 @ shifts.se2[used] / n.sum()  # variance within perturbations
         fitted, fit_unit = every, np.sqrt(pooled[every])
         error = (shifts.se2[used[: k + 1]][:, fitted] / fit_unit**2).T[:, :, None] * np.eye(k + 1)
-        error += (shifts.control_se2[fitted] / fit_unit**2)[:, None, None]
+        compared = [*singles, label]
+        for i, one in enumerate(compared):
+            for j, other in enumerate(compared):
+                error[:, i, j] += shifts.shared_error(one, other)[fitted] / fit_unit**2
     else:
         fitted, fit_unit = index, unit[index]
         subsets = _subsets(len(index), k, max_subsets, seed)
@@ -826,7 +864,7 @@ def _some_single(
     shifts: _Shifts, singles: Sequence[str], genes: np.ndarray, X: np.ndarray, Xb: np.ndarray | None = None
 ) -> bool:
     """Whether the shift of any measured single stands out of its noise."""
-    variance = np.array([_variance_of(shifts, t, genes) for t in singles]) + shifts.control_se2[genes]
+    variance = np.array([_variance_of(shifts, t, genes) + shifts.shared_error(t, t)[genes] for t in singles])
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.nan_to_num(X[genes] / np.sqrt(variance.T), posinf=0.0, neginf=0.0)
     return bool(np.abs(z).max() > special.ndtri(1 - _SINGLE_GENE / (2 * z.size))) or any(
@@ -849,12 +887,13 @@ def _seen(
     """What of a measured combination stands out of its noise, over ``genes`` (chosen without regard to the shifts)."""
     some = _some_single(shifts, singles, genes, X, Xb)
     own, of_label = np.array([_variance_of(shifts, t, genes) for t in singles]), _variance_of(shifts, label, genes)
-    control = shifts.control_se2[genes]
+    control = shifts.shared_error(label, label)[genes]
     X, y = X[genes], y[genes]
     Xb, yb = (None, None) if Xb is None or yb is None else (Xb[:, genes], yb[:, genes])
     residual = y - X @ c
     # the controls are in all shifts
-    noise = c**2 @ own + of_label + (1 - c.sum()) ** 2 * control
+    weight = shifts.share[shifts.row[label]] - c @ shifts.share[[shifts.row[t] for t in singles]]
+    noise = c**2 @ own + of_label + weight**2 @ shifts.control_se2[:, genes]
     beyond = _stands_out(residual, noise, None if Xb is None or yb is None else yb - Xb @ c)
     unit = np.where(of_label + control > 0, of_label + control, np.inf)
     left = float(((residual**2 - noise) / unit).sum())
