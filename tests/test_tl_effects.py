@@ -109,6 +109,18 @@ def test_one_cell_gives_nan_not_a_crash(screen, caplog):
     assert "LONELY" in caplog.text
 
 
+def test_few_cells_are_named(screen, caplog):
+    labels = screen.obs["perturbation"].astype(str)
+    first = sorted(set(labels) - {"control"})[0]
+    rows = np.flatnonzero(labels == first)
+    some = screen[np.setdiff1d(np.arange(screen.n_obs), rows[10:])].copy()
+    scpert.tl.perturbation_effects(some)
+    assert f"fewer than 30 cells ({first!r})" in caplog.text
+    caplog.clear()
+    scpert.tl.perturbation_effects(screen[labels.isin(["control", labels.value_counts().index[1]])].copy())
+    assert "fewer than 30" not in caplog.text
+
+
 def test_constant_gene_has_no_evidence(screen):
     adata = screen.copy()
     dense = adata.X.toarray()

@@ -25,6 +25,9 @@ __all__ = ["benjamini_hochberg", "perturbation_effects"]
 
 logger = logging.getLogger("scpert")
 
+#: With fewer cells Welch's variance of a gene is too often near zero by chance.
+_FEW_CELLS = 30
+
 
 def benjamini_hochberg(pvals: np.ndarray) -> np.ndarray:
     """Adjusted p-values over all finite entries of an array of any shape; NaN stays NaN."""
@@ -110,6 +113,12 @@ def perturbation_effects(
     ScpertError
         If a stratum with perturbed cells has fewer than two control cells.
 
+    Notes
+    -----
+    A few cells that happen to agree, most often in zeros, have a variance near zero, and Welch's p-values of such genes are far too
+    small, whatever the correction (the page on network inference has the error rates). A warning names perturbations with fewer than
+    30 cells. :func:`scpert.tl.infer_grn` counts the variance of few cells at least as that of the controls and keeps its error rate.
+
     Examples
     --------
     >>> import scpert
@@ -152,6 +161,15 @@ def perturbation_effects(
             "%d perturbation(s) have no statistics (fewer than two cells, or fewer than two controls): %s.",
             len(undefined),
             listing(undefined),
+        )
+    few = [p for p, cells in zip(perturbations, n, strict=True) if 2 <= cells < _FEW_CELLS]
+    if few and screen.scale != K.SCALE_EFFECTS:
+        logger.warning(
+            "%d perturbation(s) have fewer than %d cells (%s): where these happen to agree, most often in zeros, Welch's p-values are far "
+            "too small, and so are the adjusted ones. scpert.tl.infer_grn keeps its error rate there.",
+            len(few),
+            _FEW_CELLS,
+            listing(few, 5),
         )
     adjusted = benjamini_hochberg(pvals)
     position = {g: i for i, g in enumerate(screen.genes)}
