@@ -1,7 +1,8 @@
 """Simulated screens: AUPRC of direct edges and of total effects, and the false discovery rate, for every method.
 
 ``python grn_benchmark.py [--seeds 5] [--regulators 20 100] [--methods NAME ...] [--only TEXT] [--save rows.csv]``
-prints the tables of ``docs/grn/index.md``; ``--few-controls`` that of few controls; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in
+prints the tables of ``docs/grn/index.md``; ``--few-controls`` that of few controls, ``--null`` the false edges among controls with random
+labels; ``--load a.csv b.csv`` prints them from saved rows (the settings may run in
 several processes).
 """
 
@@ -151,6 +152,32 @@ def few_controls(seeds: int) -> None:
     print(pd.DataFrame(rows).round(3).to_string(index=False))
 
 
+def null_screens(screens: int) -> None:
+    """Share of screens with an edge, where there is none: controls with random labels."""
+    rows = []
+    for cells in (10, 30, 100):
+        claimed = {"welch": 0, "rank": 0}
+        for seed in range(screens):
+            adata = scpert.datasets.simulated(
+                n_cells=20 * cells + 400,
+                n_genes=100,
+                n_targets=20,
+                n_combinations=0,
+                effect_size=0.0,
+                random_state=seed,
+            )
+            names = sorted(set(adata.obs["perturbation"].astype(str)) - {"control"})
+            labels = np.full(adata.n_obs, "control", dtype=object)
+            chosen = np.random.default_rng(seed).permutation(adata.n_obs)[: 20 * cells]
+            labels[chosen] = np.repeat(names, cells)
+            adata.obs["perturbation"] = labels
+            for statistic in claimed:
+                scpert.tl.infer_grn(adata, statistic=statistic)
+                claimed[statistic] += len(scpert.get.grn_df(adata, unmeasured=True)) > 0
+        rows.append({"cells": cells, **{s: n / screens for s, n in claimed.items()}})
+    print(pd.DataFrame(rows).to_string(index=False))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
@@ -161,6 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--few-controls", action="store_true", help="only: the error rate with few control cells, ten seeds"
     )
+    parser.add_argument("--null", action="store_true", help="only: false edges among controls with random labels")
     parser.add_argument("--save")
     parser.add_argument("--load", nargs="+")
     arguments = parser.parse_args()
@@ -170,6 +198,9 @@ def main() -> None:
     scpert.settings.progress = False
     if arguments.few_controls:
         few_controls(10)
+        return
+    if arguments.null:
+        null_screens(50)
         return
     methods = {name: METHODS[name] for name in arguments.methods}
     rows = []

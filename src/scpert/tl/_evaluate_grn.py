@@ -22,8 +22,8 @@ from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
 from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects
 from ._grn import infer_grn, problem_of
-from ._grn_methods import composition_offset, scaled, total_effects
-from ._rank_sum import rank_sums
+from ._grn_methods import composition_offset, total_effects
+from ._rank_sum import rank_sums, scaled, scaled_rank_sums
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -306,11 +306,13 @@ def _judge_interventions(
         shift, error = shift[rows], error[rows]
         distance = plain_distance = _Wasserstein(values.tocsc(), groups, everywhere)
         if composition:
-            _, sensitivity, offset = composition_offset(screen, shift, error)
+            offset, sensitivity, offset_error = composition_offset(screen, shift, error)
             shift = shift - offset[:, None] * sensitivity[None, :]
-            values = scaled(values, np.exp(-np.concatenate([[0.0], offset]))[groups])
-        if composition or strata.any():
+            _, pvals = scaled_rank_sums(values, groups, offset, offset_error, strata)
+            values = scaled(values, groups, offset)
+        elif strata.any():
             _, pvals = rank_sums(values, groups, len(regulators), strata)
+        if composition or strata.any():
             distance = _Wasserstein(values.tocsc(), groups, strata)
         direction = perturbation_sign(shift, error, genes.get_indexer(pd.Index(regulators)))
     position = genes.get_indexer(pd.Index(regulators))

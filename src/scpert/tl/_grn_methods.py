@@ -49,7 +49,7 @@ class Evidence:
     noise: np.ndarray  # as error, but never swollen by effects: what a real effect must exceed
     sign: np.ndarray  # (regulator,): +1 where the perturbation raises its target, -1 where it lowers it
     offset: np.ndarray  # (regulator,): log of the factor common to most genes, already taken out
-    clear: np.ndarray  # (regulator,): the same, 0 where it is within three standard errors
+    offset_error: np.ndarray  # (regulator,): its standard error
     share: np.ndarray  # (regulator,): mean weight of its cells; 1 where all count the same
 
 
@@ -95,9 +95,9 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             weights = carrier_weights(screen, problem.regulators, problem.position, strata)
             if weights is not None:
                 shift, error, share = weighted_effects(screen, problem.regulators, weights, strata)
-        offset = clear = np.zeros(len(shift))
+        offset = offset_error = np.zeros(len(shift))
         if composition:
-            offset, sensitivity, clear = composition_offset(screen, shift, error)
+            offset, sensitivity, offset_error = composition_offset(screen, shift, error)
             for row, log_factor in enumerate(offset):  # in place: these are the largest arrays
                 shift[row] -= log_factor * sensitivity
         zscore, pvals = welch(shift, error, freedom)
@@ -109,7 +109,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             error,
             perturbation_sign(shift, error, problem.position),
             offset,
-            clear,
+            offset_error,
             share,
         )
     shift, error, noise, freedom = _table_effects(problem)
@@ -128,16 +128,10 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
     )
 
 
-#: Standard errors that a common factor must have before cells are scaled by it: its noise would be an effect of all genes.
-_CLEAR_OFFSET = 3.0
-
-
 def composition_offset(
     screen: Screen, shift: np.ndarray, error: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and the factor where clear.
-
-    The last is 0 within three standard errors: cells scaled by noise would have an effect of all genes at once.
+    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and its standard error.
 
     The weighted median of independent normal ratios with weights :math:`w_g`, one over their errors, has the standard error
     :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`.
@@ -155,7 +149,7 @@ def composition_offset(
             total = np.cumsum(weight[order])
             offset[row] = ratio[order][np.searchsorted(total, total[-1] / 2)]
             noise[row] = np.sqrt(np.pi / 2) / np.sqrt((weight**2).sum())
-    return offset, sensitivity, np.where(np.abs(offset) > _CLEAR_OFFSET * noise, offset, 0.0)
+    return offset, sensitivity, noise
 
 
 #: Asymptotic efficiency of the median absolute deviation, beside the standard deviation, for normal values.
@@ -268,12 +262,6 @@ def _reference_error(values: np.ndarray) -> np.ndarray:
     limit = 3.0 * np.sqrt(noise) * deviation
     out: np.ndarray = noise / (noise + of_median) * middle * (np.abs(middle) <= limit)
     return out
-
-
-def scaled(values: sparse.csr_matrix, factor: np.ndarray) -> sparse.csr_matrix:
-    """``log1p`` values after multiplying each cell's CP10k by ``factor`` ``(cell,)``; a new matrix."""
-    data = np.log1p(np.expm1(values.data) * np.repeat(factor.astype(values.dtype), np.diff(values.indptr)))
-    return sparse.csr_matrix((data, values.indices, values.indptr), shape=values.shape)
 
 
 def interventional(problem: Problem) -> Scores:
@@ -701,7 +689,7 @@ def _without_offset(problem: Problem, shift: np.ndarray, error: np.ndarray) -> n
 
 def rank_effects(problem: Problem, found: Evidence) -> Evidence:
     """The same effects with Mann-Whitney statistics instead of Welch's (cells only)."""
-    from ._rank_sum import rank_sums
+    from ._rank_sum import scaled_rank_sums
 
     screen = problem.screen
     if screen.scale == K.SCALE_EFFECTS or screen.is_control.sum() < 2:
@@ -710,11 +698,6 @@ def rank_effects(problem: Problem, found: Evidence) -> Evidence:
         )
     code = pd.Index([screen.control, *problem.regulators]).get_indexer(pd.Index(screen.labels))
     used = np.flatnonzero(code >= 0)
-    values = screen.rows(used)
-    values = scaled(values, np.exp(-np.concatenate([[0.0], found.clear]))[code[used]])
     strata, _ = strata_of(screen.adata, problem.covariate_keys or None)
-    z, pvals = rank_sums(values, code[used], len(problem.regulators), strata[used])
-    # ranked by the p-value, as a normal would have it
-    return replace(
-        found, zscore=np.sign(z) * np.where(pvals > 1e-300, -special.ndtri(pvals / 2), np.abs(z)), pvals=pvals
-    )
+    z, pvals = scaled_rank_sums(screen.rows(used), code[used], found.offset, found.offset_error, strata[used])
+    return replace(found, zscore=z, pvals=pvals)
