@@ -65,6 +65,18 @@ def test_targets_of_combinations_only_are_not_predictable_alone(screen):
     assert model.predict_perturbation(label).obs["status"].iloc[0] == "trained"
 
 
+def test_a_gene_that_does_not_move_is_near_to_no_perturbation(screen):
+    adata = screen.copy()
+    adata.X = adata.X.toarray()
+    adata.X[:, 0] = 0
+    adata.var_names = ["silent", *adata.var_names[1:]]
+    CPA.setup_anndata(adata)
+    model = CPA(adata, n_hidden=8, n_latent=4)
+    model.train(max_epochs=1, accelerator="cpu")
+    nearest, mean = (model.predict_perturbation("silent", on_unknown=how).X for how in ("nearest", "mean"))
+    np.testing.assert_array_equal(nearest, mean)
+
+
 def test_embeddings_add_and_the_adversary_is_reversed():
     torch.manual_seed(0)
     module = ConditionalModule(6, 3, n_hidden=8, n_latent=4, additive=True, adversary_weight=2.0, scale="log1p")

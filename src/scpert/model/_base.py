@@ -962,6 +962,8 @@ class PerturbationModel(BaseModel):
                 r = np.nan_to_num(
                     (profiles - profiles.mean(0)).T @ (own - own.mean()) / (profiles.std(0) * own.std() * len(own))
                 )
+            if not r.any():  # a gene that does not move is near to none
+                return None
             out.append(measured[int(np.argmax(r))])
         return tuple(sorted(set(out)))
 
