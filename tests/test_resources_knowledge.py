@@ -128,7 +128,13 @@ def test_obo_and_old_identifiers(tmp_path):
         "format-version: 1.2\n\n[Term]\nid: GO:2\nalt_id: GO:9\nis_a: GO:1 ! the root\n\n[Typedef]\nid: part_of\nis_a: x\n",
     )
     path = write(tmp_path / "a.tsv", "gene\tterm\nA\tGO:9\nB\tGO:2\n")
-    assert ("A", "GO:1") in pairs(gene_ontology(path, hierarchy=obo))
+    both = {(gene, term) for gene in "AB" for term in ("GO:1", "GO:2")}
+    assert pairs(gene_ontology(path, hierarchy=obo)) == both  # one term, by whichever of its identifiers
+    path = write(tmp_path / "c.tsv", "gene\tterm\nA\tGO:9\nB\tGO:2\nC\tGO:1\n")
+    for term in ("GO:9", "GO:2"):
+        assert pairs(gene_ontology(path, hierarchy=obo, exclude_terms=[term])) == {("C", "GO:1")}
+    with pytest.raises(ScpertError, match="No annotation"):
+        gene_ontology(path, hierarchy=obo, exclude_terms=["GO:1", "GO:2"])
     with pytest.raises(FileFormatError, match="holds none of the terms"):
         gene_ontology(write(tmp_path / "b.tsv", "gene\tterm\nA\tXX:9\n"), hierarchy=obo)
 

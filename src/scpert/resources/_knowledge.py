@@ -235,7 +235,7 @@ def gene_ontology(
         Whether a gene bears all ancestors (over is_a) of its terms too. Default: if a ``hierarchy`` is given.
     hierarchy
         ``go-basic.obo``, or a table (or DataFrame) with columns ``child`` and ``parent``. Downloaded if
-        ``propagate=True`` and none is given.
+        ``propagate=True`` and none is given. Alternative identifiers of ``go-basic.obo`` become the current ones.
     levels
         Propagate only so many levels up: 1 adds the parents. ``None``: all ancestors.
     domains
@@ -337,16 +337,20 @@ def gene_ontology(
             hierarchy = fetch(_OBO_URL, "go-basic.obo", subfolder="resources")
         parents, renamed, where = _read_is_a(hierarchy)
         above = ancestors(parents, where)
+        excluded |= {renamed[t] for t in excluded & set(renamed)}
+        # alternative identifiers are the same term
+        table = table.assign(term=[renamed.get(t, t) for t in table["term"]])
+        table = table[~table["term"].isin(excluded)]
         terms = [str(t) for t in table["term"].unique()]
-        unknown = sorted(t for t in terms if renamed.get(t, t) not in above)
-        if len(unknown) == len(terms):
+        unknown = sorted(t for t in terms if t not in above)
+        if terms and len(unknown) == len(terms):
             raise FileFormatError(
                 f"The hierarchy {where} holds none of the terms of {file} (such as {listing(unknown, 3)}). Is it a "
                 "hierarchy of the same ontology?"
             )
         attrs.update(hierarchy=where, terms_not_in_hierarchy=unknown)
-        lists = [[t, *sorted(_above(renamed.get(t, t), parents, above, levels))] for t in terms]
-        closure = pd.DataFrame({"term": terms, "all": lists})
+        lists = [[t, *sorted(_above(t, parents, above, levels))] for t in terms]
+        closure = pd.DataFrame({"term": terms, "all": lists}, dtype=object)
         table = table.drop_duplicates().merge(closure, on="term")[["gene", "all"]].explode("all")
         table = table.rename(columns={"all": "term"})
         table = table[~table["term"].isin(excluded)]
