@@ -82,6 +82,16 @@ def test_gaf_filters(tmp_path):
         gene_ontology(path, organism="martian")
 
 
+def test_no_data_is_no_annotation(tmp_path):
+    """Genes of which nothing is known bear the root term with the code ND: they are no neighbours."""
+    line = "UniProtKB\tP1\t{}\tinvolved_in\t{}\tX\t{}\t\tP\t\t\tprotein\ttaxon:9606\t20200101\tUniProt\t\t\n"
+    known = [("KLF1", "GO:0000001", "IDA"), ("CBL", "GO:0000001", "IEA")]
+    unknown = [("A", "GO:0008150", "ND"), ("B", "GO:0008150", "ND")]
+    path = write(tmp_path / "a.gaf", "".join(line.format(*row) for row in known + unknown))
+    assert pairs(gene_ontology(path)) == {(gene, term) for gene, term, _ in known}
+    assert pairs(gene_ontology(path, evidence=["ND"])) == {(gene, term) for gene, term, _ in unknown}
+
+
 def test_gene2go_maps_numbers_to_symbols(tmp_path):
     path = write(tmp_path / "gene2go.gz", GENE2GO, "gzip")
     ids = pd.DataFrame({"GeneID": [10661], "Symbol": ["KLF1"]})

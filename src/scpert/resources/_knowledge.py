@@ -241,10 +241,12 @@ def gene_ontology(
     domains
         Of ``BP``, ``MF``, ``CC``: only terms of these.
     evidence
-        Only annotations with these evidence codes (``"IDA"``, ``"IMP"`` ...), where the file has codes.
+        Only annotations with these evidence codes (``"IDA"``, ``"IMP"`` ...), where the file has codes. ``None``: all but
+        ``"ND"``, which says that nothing is known of the gene.
     exclude_terms
         Terms to drop, before propagation and after. For a graph of genes drop ``("GO:0005515",)``, protein binding:
-        sparsely annotated genes that share nothing else would become neighbours.
+        sparsely annotated genes that share nothing else would become neighbours. So would genes of which nothing is
+        known, in a table without evidence codes: drop the roots, ``"GO:0008150"``, ``"GO:0003674"`` and ``"GO:0005575"``.
     min_terms
         Genes with fewer terms are dropped.
     aliases
@@ -313,6 +315,8 @@ def gene_ontology(
         if "evidence" not in table:
             raise ScpertError(f"{file} has no evidence codes: leave evidence=None, or use a GAF or gene2go file.")
         table = table[table["evidence"].isin({str(e) for e in evidence})]
+    elif "evidence" in table:
+        table = table[table["evidence"] != "ND"]
     if domains is not None:
         wanted = {check_choice("domains", d, DOMAINS) for d in domains}
         if "domain" not in table or not table["domain"].isin(_DOMAIN_NAMES).any():
