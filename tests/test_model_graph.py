@@ -355,6 +355,18 @@ def test_validation_perturbations_stop_training(screen, nets):
     assert 0 <= model.best_epoch_ < 3
 
 
+def test_control_cells_alone_do_not_say_when_to_stop(screen, caplog):
+    """Their error is that of no perturbation: the state after the first epoch was taken for the best."""
+    adata = screen.copy()
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    adata.obs["split"] = np.where(is_control & (np.arange(adata.n_obs) % 3 == 0), "val", "train")
+    GEARS.setup_anndata(adata, split_key="split")
+    model = GEARS(adata, anchor="none", **SMALL)
+    model.train(max_epochs=3, accelerator="cpu", batch_size=256)
+    assert model.best_epoch_ == -1  # no validation: the last state
+    assert "controls only" in caplog.text
+
+
 @pytest.mark.parametrize("cls", [GEARS, BioDSNN])
 def test_effects_of_the_linear_model_are_within_covariates(cls, run_of_six):
     """Half of the perturbations are measured in a batch with a shift of its own: it is no effect of theirs."""

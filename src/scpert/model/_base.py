@@ -434,6 +434,8 @@ class PerturbationModel(BaseModel):
     _stratified = False
     #: Predictions depend on the covariates of the cells that they start from.
     _reads_covariates = True
+    #: The validation loss is one of perturbed cells.
+    _judged_by_perturbed = False
     _batch_size = 256
     _group_labels: int | None = None
 
@@ -798,6 +800,7 @@ class PerturbationModel(BaseModel):
             random_state=random_state,
             group_labels=self._group_labels,
             need_validation=bool(early_stopping),
+            judge_by_perturbed=self._judged_by_perturbed,
         )
         self._fit_module(
             splitter,

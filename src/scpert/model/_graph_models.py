@@ -51,6 +51,7 @@ class _GraphModel(PerturbationModel):
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
     _stratified = True
     _reads_covariates = False
+    _judged_by_perturbed = True
     _group_labels = 2
     _max_epochs = 20
     _monitor = "reconstruction_loss_validation"
