@@ -98,6 +98,10 @@ def test_gene2go_maps_numbers_to_symbols(tmp_path):
     out = gene_ontology(path, gene_ids=ids)
     assert pairs(out) == {("KLF1", "GO:0000001")}
     assert out.attrs["unmapped_ids"] == ["867"]
+    rough = pd.DataFrame({"GeneID": [10661.0, np.nan], "Symbol": [" KLF1 ", "CBL"]})  # as pandas reads a file with gaps
+    assert pairs(gene_ontology(path, gene_ids=rough)) == {("KLF1", "GO:0000001")}
+    with pytest.raises(ScpertError, match="none of the identifiers"):
+        gene_ontology(path, gene_ids=pd.DataFrame({"GeneID": ["ENSG1"], "Symbol": ["KLF1"]}))
     assert pairs(gene_ontology(path)) == {("10661", "GO:0000001"), ("867", "GO:0000002")}
 
 

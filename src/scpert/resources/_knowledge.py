@@ -147,14 +147,16 @@ def _read_annotations(path: Path, form: str, tax: str | None) -> pd.DataFrame:
 
 def _read_gene_ids(gene_ids: str | PathLike | pd.DataFrame) -> dict[str, str]:
     if isinstance(gene_ids, pd.DataFrame):
-        table, where = gene_ids.astype(str), "gene_ids"
+        table, where = gene_ids.astype(object).where(gene_ids.notna(), "").astype(str), "gene_ids"
     else:
         path = local_file(gene_ids, "gene_ids")
         table, where = read_table(path), str(path)
     identifier = column(table, ["GeneID", "entrez_id", "gene_id", "ncbi_gene_id"], "NCBI gene identifier", where)
     symbol = column(table, ["symbol", "gene", "gene_symbol"], "symbol", where)
-    keep = (table[identifier] != "") & (table[symbol] != "")
-    return dict(zip(table.loc[keep, identifier], table.loc[keep, symbol], strict=True))
+    number = table[identifier].str.strip().str.removesuffix(".0")  # pandas reads a column with gaps as floats
+    name = table[symbol].str.strip()
+    keep = (number != "") & (name != "")
+    return dict(zip(number[keep], name[keep], strict=True))
 
 
 def _read_is_a(hierarchy: str | PathLike | pd.DataFrame) -> tuple[dict[str, set[str]], dict[str, str], str]:
@@ -333,6 +335,11 @@ def gene_ontology(
         else:
             symbols = _read_gene_ids(gene_ids)
             attrs["unmapped_ids"] = sorted(set(table["gene"]) - set(symbols))
+            if len(table) and set(attrs["unmapped_ids"]) == set(table["gene"]):
+                raise ScpertError(
+                    f"gene_ids has none of the identifiers of {file}: it has {listing(symbols, 3)}, the file "
+                    f"{listing(attrs['unmapped_ids'], 3)}. Give NCBI's numbers of the same organism."
+                )
             table = table.assign(gene=table["gene"].map(symbols)).dropna(subset="gene")
     table, report = rename_genes(table, ["gene"], aliases, "Gene Ontology")
     attrs.update(report)
