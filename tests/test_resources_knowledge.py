@@ -291,6 +291,8 @@ def test_interactome_forms(tmp_path):
     net = interactome(links, info=info)
     assert net.values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
     assert len(interactome(links, info=info, min_score=200)) == 4
+    with pytest.raises(ScpertError, match="min_score='high': give a number"):
+        interactome(links, info=info, min_score="high")
     with pytest.raises(ScpertError, match="pass STRING's protein.info file as info="):
         interactome(links)
     with pytest.raises(FileFormatError, match="no name for 1 proteins"):

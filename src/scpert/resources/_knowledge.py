@@ -564,6 +564,7 @@ def interactome(
     ['GATA1', 'KLF1']
     """
     check_choice("source", source, ("string", "biogrid"))
+    check_positive("min_score", min_score, zero=True)
     tax = taxon(organism)
     if path is None and source == "string":
         species = _STRING_TAXA.get(tax, tax)
