@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import scpert
-from scpert.errors import ScpertError
+from scpert.errors import ScpertError, UnknownTargetError
 from scpert.model import CPA, ConditionalVAE
 from scpert.module._conditional import ConditionalModule
 
@@ -49,6 +49,32 @@ def test_learns_the_effects(screen):
     out = model.predict_perturbation(list(model.effects_.labels))
     r = [np.corrcoef(a, b)[0, 1] for a, b in zip(out.layers["delta"], model.effects_.delta, strict=True)]
     assert np.mean(r) > 0.6
+
+
+def test_targets_of_combinations_only_are_not_predictable_alone(screen):
+    label = next(x for x in sorted(set(screen.obs["perturbation"])) if "+" in x)
+    one, two = label.split("+")
+    adata = screen[screen.obs["perturbation"] != one].copy()
+    CPA.setup_anndata(adata)
+    model = CPA(adata, n_hidden=8, n_latent=4)
+    model.train(max_epochs=1, accelerator="cpu")
+    table = model.coverage([one, two])
+    assert list(table["trained"]) == [True, True] and list(table["predictable"]) == [False, True]
+    with pytest.raises(UnknownTargetError, match="trained in combinations only"):
+        model.predict_perturbation(one)
+    assert model.predict_perturbation(label).obs["status"].iloc[0] == "trained"
+
+
+def test_a_gene_that_does_not_move_is_near_to_no_perturbation(screen):
+    adata = screen.copy()
+    adata.X = adata.X.toarray()
+    adata.X[:, 0] = 0
+    adata.var_names = ["silent", *adata.var_names[1:]]
+    CPA.setup_anndata(adata)
+    model = CPA(adata, n_hidden=8, n_latent=4)
+    model.train(max_epochs=1, accelerator="cpu")
+    nearest, mean = (model.predict_perturbation("silent", on_unknown=how).X for how in ("nearest", "mean"))
+    np.testing.assert_array_equal(nearest, mean)
 
 
 def test_embeddings_add_and_the_adversary_is_reversed():

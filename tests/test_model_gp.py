@@ -434,6 +434,23 @@ def test_limits_hold_every_gene_alike_where_rows_can_tell():
     assert alike.std() < 0.05 * alike.mean()
 
 
+def test_genes_that_are_not_expressed_do_not_narrow_the_limits_of_the_others(fitted):
+    rng = np.random.default_rng(0)
+    ratio = np.abs(rng.normal(size=(25, 40)))
+    silent = np.hstack([ratio, np.zeros((25, 360))])
+    np.testing.assert_allclose(limit_widths(silent)[:40], limit_widths(ratio))
+    assert not limit_widths(np.zeros((5, 3))).any()
+
+    adata, go = fitted[0][:60], fitted[1]
+    names = [*adata.var_names, *(f"silent{i}" for i in range(120))]
+    padded = ad.AnnData(np.hstack([adata.X, np.zeros((60, 120), np.float32)]), adata.obs, pd.DataFrame(index=names))
+    out = fit(padded, knowledge={"go": go}).predict_perturbation(list(fitted[0].obs_names[60:]))[:, :40]
+    expected = fitted[2].predict_perturbation(list(fitted[0].obs_names[60:]))
+    np.testing.assert_allclose(out.layers["std"], expected.layers["std"], rtol=0.1)
+    width = [x.layers["upper"] - x.layers["lower"] for x in (out, expected)]
+    np.testing.assert_allclose(*width, rtol=0.1)
+
+
 def test_limits_of_trained_perturbations_hold_new_measurements():
     adata = scpert.datasets.simulated(12_000, 60, 25, 0, random_state=1)
     rng = np.random.default_rng(0)

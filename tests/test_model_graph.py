@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -355,6 +356,18 @@ def test_validation_perturbations_stop_training(screen, nets):
     assert 0 <= model.best_epoch_ < 3
 
 
+def test_control_cells_alone_do_not_say_when_to_stop(screen, caplog):
+    """Their error is that of no perturbation: the state after the first epoch was taken for the best."""
+    adata = screen.copy()
+    is_control = (adata.obs["perturbation"] == "control").to_numpy()
+    adata.obs["split"] = np.where(is_control & (np.arange(adata.n_obs) % 3 == 0), "val", "train")
+    GEARS.setup_anndata(adata, split_key="split")
+    model = GEARS(adata, anchor="none", **SMALL)
+    model.train(max_epochs=3, accelerator="cpu", batch_size=256)
+    assert model.best_epoch_ == -1  # no validation: the last state
+    assert "controls only" in caplog.text
+
+
 @pytest.mark.parametrize("cls", [GEARS, BioDSNN])
 def test_effects_of_the_linear_model_are_within_covariates(cls, run_of_six):
     """Half of the perturbations are measured in a batch with a shift of its own: it is no effect of theirs."""
@@ -517,3 +530,28 @@ def test_new_controls_need_no_covariates_but_must_be_controls(screen):
     new.obs["perturbation"] = "non-targeting"
     with pytest.raises(scpert.errors.LabelError, match="predictions start from control cells"):
         model.predict_perturbation(model.labels_[0], adata=new)
+
+
+def test_strong_targets_outside_a_wrong_graph_do_not_make_it_speak():
+    """A target that no graph joins has no part in a graph's strength: strong ones raised that of a graph that is wrong."""
+    names = [f"p{i}" for i in range(40)]
+    net = pd.DataFrame([(a, b) for i, a in enumerate(names) for b in names[i // 5 * 5 : i // 5 * 5 + 5] if a != b])
+    net.columns = ["source", "target"]
+    told, mean = [], []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        truth = 0.5 * np.repeat(rng.normal(size=(8, 60)), 5, axis=0) + 0.2 * rng.normal(size=(40, 60))
+        truth = 0.3 * rng.normal(size=60) + rng.permutation(truth)
+        train = np.arange(40) % 5 < 4
+        labels = [*np.array(names)[train], "s0", "s1", "s2"]
+        X = np.vstack([truth[train], 3 * rng.normal(size=(3, 60))]) + 0.3 * rng.normal(size=(35, 60))
+        adata = ad.AnnData(X.astype(np.float32), obs=pd.DataFrame({"perturbation": labels}, index=labels))
+        adata.layers["std_error"] = np.full(X.shape, 0.3, dtype=np.float32)
+        GEARS.setup_anndata(adata, scale="effects")
+        model = GEARS(adata, perturbation_net=net, n_hidden=2)
+        model.train(max_epochs=1, accelerator="cpu")
+        model._trust = {"unseen": 0.0, "combination": 0.0}
+        out = model.predict_perturbation(list(np.array(names)[~train]))
+        told.append(((out.X - truth[~train]) ** 2).mean())
+        mean.append(((X.mean(axis=0) - truth[~train]) ** 2).mean())
+    assert np.mean(told) < 1.03 * np.mean(mean)

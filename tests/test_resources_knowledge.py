@@ -82,12 +82,26 @@ def test_gaf_filters(tmp_path):
         gene_ontology(path, organism="martian")
 
 
+def test_no_data_is_no_annotation(tmp_path):
+    """Genes of which nothing is known bear the root term with the code ND: they are no neighbours."""
+    line = "UniProtKB\tP1\t{}\tinvolved_in\t{}\tX\t{}\t\tP\t\t\tprotein\ttaxon:9606\t20200101\tUniProt\t\t\n"
+    known = [("KLF1", "GO:0000001", "IDA"), ("CBL", "GO:0000001", "IEA")]
+    unknown = [("A", "GO:0008150", "ND"), ("B", "GO:0008150", "ND")]
+    path = write(tmp_path / "a.gaf", "".join(line.format(*row) for row in known + unknown))
+    assert pairs(gene_ontology(path)) == {(gene, term) for gene, term, _ in known}
+    assert pairs(gene_ontology(path, evidence=["ND"])) == {(gene, term) for gene, term, _ in unknown}
+
+
 def test_gene2go_maps_numbers_to_symbols(tmp_path):
     path = write(tmp_path / "gene2go.gz", GENE2GO, "gzip")
     ids = pd.DataFrame({"GeneID": [10661], "Symbol": ["KLF1"]})
     out = gene_ontology(path, gene_ids=ids)
     assert pairs(out) == {("KLF1", "GO:0000001")}
     assert out.attrs["unmapped_ids"] == ["867"]
+    rough = pd.DataFrame({"GeneID": [10661.0, np.nan], "Symbol": [" KLF1 ", "CBL"]})  # as pandas reads a file with gaps
+    assert pairs(gene_ontology(path, gene_ids=rough)) == {("KLF1", "GO:0000001")}
+    with pytest.raises(ScpertError, match="none of the identifiers"):
+        gene_ontology(path, gene_ids=pd.DataFrame({"GeneID": ["ENSG1"], "Symbol": ["KLF1"]}))
     assert pairs(gene_ontology(path)) == {("10661", "GO:0000001"), ("867", "GO:0000002")}
 
 
@@ -128,7 +142,13 @@ def test_obo_and_old_identifiers(tmp_path):
         "format-version: 1.2\n\n[Term]\nid: GO:2\nalt_id: GO:9\nis_a: GO:1 ! the root\n\n[Typedef]\nid: part_of\nis_a: x\n",
     )
     path = write(tmp_path / "a.tsv", "gene\tterm\nA\tGO:9\nB\tGO:2\n")
-    assert ("A", "GO:1") in pairs(gene_ontology(path, hierarchy=obo))
+    both = {(gene, term) for gene in "AB" for term in ("GO:1", "GO:2")}
+    assert pairs(gene_ontology(path, hierarchy=obo)) == both  # one term, by whichever of its identifiers
+    path = write(tmp_path / "c.tsv", "gene\tterm\nA\tGO:9\nB\tGO:2\nC\tGO:1\n")
+    for term in ("GO:9", "GO:2"):
+        assert pairs(gene_ontology(path, hierarchy=obo, exclude_terms=[term])) == {("C", "GO:1")}
+    with pytest.raises(ScpertError, match="No annotation"):
+        gene_ontology(path, hierarchy=obo, exclude_terms=["GO:1", "GO:2"])
     with pytest.raises(FileFormatError, match="holds none of the terms"):
         gene_ontology(write(tmp_path / "b.tsv", "gene\tterm\nA\tXX:9\n"), hierarchy=obo)
 
@@ -271,6 +291,8 @@ def test_interactome_forms(tmp_path):
     net = interactome(links, info=info)
     assert net.values.tolist() == [["A", "B", 0.9], ["B", "A", 0.9]]
     assert len(interactome(links, info=info, min_score=200)) == 4
+    with pytest.raises(ScpertError, match="min_score='high': give a number"):
+        interactome(links, info=info, min_score="high")
     with pytest.raises(ScpertError, match="pass STRING's protein.info file as info="):
         interactome(links)
     with pytest.raises(FileFormatError, match="no name for 1 proteins"):

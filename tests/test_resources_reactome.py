@@ -69,6 +69,8 @@ def test_names_unknown_and_ambiguous():
         r.parents("R-HSA-9")
     with pytest.raises(ScpertError, match="the levels are 1"):
         r.pathways("A", level=2)
+    with pytest.raises(ScpertError, match="level='1': give a number"):
+        r.pathways("A", level="1")
     with pytest.raises(ScpertError, match="hold no gene"):
         Reactome({"R-HSA-1": []})
 

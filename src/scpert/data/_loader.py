@@ -219,6 +219,7 @@ class PerturbationSplitter(lightning.LightningDataModule):
         random_state: int = 0,
         group_labels: int | None = None,
         need_validation: bool = False,
+        judge_by_perturbed: bool = False,
     ):
         super().__init__()
         rows = np.arange(tensors.n_cells)
@@ -235,6 +236,9 @@ class PerturbationSplitter(lightning.LightningDataModule):
             cut = max(1, round(train_size * len(rows)))
             end = round((train_size + validation_size) * len(rows))
             self.train_idx, self.val_idx, self.test_idx = map(np.sort, (order[:cut], order[cut:end], order[end:]))
+        if judge_by_perturbed and len(self.val_idx) and tensors.is_control[self.val_idx].all():
+            logger.warning("the validation cells are controls only, which do not tell when to stop: they are left out")
+            self.val_idx = self.val_idx[:0]
         self.n_train, self.n_val = len(self.train_idx), len(self.val_idx)
         options: dict[str, Any] = {
             "partners": partners,

@@ -434,6 +434,8 @@ class PerturbationModel(BaseModel):
     _stratified = False
     #: Predictions depend on the covariates of the cells that they start from.
     _reads_covariates = True
+    #: The validation loss is one of perturbed cells.
+    _judged_by_perturbed = False
     _batch_size = 256
     _group_labels: int | None = None
 
@@ -798,6 +800,7 @@ class PerturbationModel(BaseModel):
             random_state=random_state,
             group_labels=self._group_labels,
             need_validation=bool(early_stopping),
+            judge_by_perturbed=self._judged_by_perturbed,
         )
         self._fit_module(
             splitter,
@@ -850,7 +853,8 @@ class PerturbationModel(BaseModel):
         Returns
         -------
         DataFrame, one row a target: ``status`` (``trained``, ``in_graph``, ``measured``, ``known``, ``alias``,
-        ``unknown``), booleans ``trained``, ``in_graph``, ``measured``, ``predictable``, ``n_cells`` (training cells of
+        ``unknown``), booleans ``trained``, ``in_graph``, ``measured``, ``predictable`` (its single perturbation: a model
+        of combinations says nothing of a target that was trained in combinations only), ``n_cells`` (training cells of
         the single perturbation), ``alias`` (the known name meant, if another spelling) and ``suggestions``.
         """
         names = [targets] if isinstance(targets, str) else list(targets)
@@ -859,6 +863,10 @@ class PerturbationModel(BaseModel):
         rows = []
         for gene in genes:
             trained = gene in self._trained_targets
+            if self.effects_:
+                predictable = self._status((gene,)) not in (None, K.FALLBACK)
+            else:
+                predictable = self._knows(gene) and self.scope == "unseen" and self._covers(gene)
             alias = next(
                 (k for k in suggest(gene, self._known, 1) if k.casefold() == gene.casefold() and k != gene), ""
             )
@@ -883,7 +891,7 @@ class PerturbationModel(BaseModel):
                     "trained": trained,
                     "in_graph": gene in graph,
                     "measured": gene in measured,
-                    "predictable": trained or (self._knows(gene) and self.scope == "unseen" and self._covers(gene)),
+                    "predictable": predictable,
                     "n_cells": 0 if single is None else int(self.effects_.n_cells[single]),
                     "alias": alias,
                     "suggestions": ", ".join([] if self._knows(gene) else suggest(gene, self._known)),
@@ -931,7 +939,7 @@ class PerturbationModel(BaseModel):
                 "unseen": "its prior knowledge has nothing on some target",
             }[self.scope]
             missing = [t for t in targets if t not in self._trained_targets]
-            about = f" ({listing(missing)} not trained)" if missing else ""
+            about = f" ({listing(missing)} not trained)" if missing else " (trained in combinations only)"
             text = f"{type(self).__name__} cannot predict {label!r}{about}: {why}. {cure}"
             unknown = missing or list(targets)
         return UnknownTargetError(text, tuple(unknown), suggestions)
@@ -957,6 +965,8 @@ class PerturbationModel(BaseModel):
                 r = np.nan_to_num(
                     (profiles - profiles.mean(0)).T @ (own - own.mean()) / (profiles.std(0) * own.std() * len(own))
                 )
+            if not r.any():  # a gene that does not move is near to none
+                return None
             out.append(measured[int(np.argmax(r))])
         return tuple(sorted(set(out)))
 

@@ -591,7 +591,8 @@ class KnowledgeGP(KnowledgeModel):
 
         error = delta[L] - predicted
         self.gene_sd_ = np.sqrt(np.maximum((error**2).mean(axis=0), 1e-20))
-        relative = ((error / self.gene_sd_) ** 2).mean(axis=1)
+        moves = error.any(axis=0) | ~error.any()  # genes that are not expressed have no error
+        relative = ((error / self.gene_sd_)[:, moves] ** 2).mean(axis=1)
         features = _spread_features(size[L], variance[L])
         self.spread_ = optimize.nnls(features / relative[:, None].clip(0.1), relative / relative.clip(0.1))[0]
         if not self.spread_.any():

@@ -51,6 +51,7 @@ class _GraphModel(PerturbationModel):
     _uses = ("library_size_key", "covariate_keys", "matched_control_key")
     _stratified = True
     _reads_covariates = False
+    _judged_by_perturbed = True
     _group_labels = 2
     _max_epochs = 20
     _monitor = "reconstruction_loss_validation"
@@ -124,12 +125,12 @@ class _GraphModel(PerturbationModel):
         self._gene_adjacency = normalised_adjacency(net_matrix(gene_net, self.genes_))
         self._target_adjacencies = {n: normalised_adjacency(net_matrix(net, self._nodes)) for n, net in nets.items()}
         # what the linear graph model joins targets by: the graphs, their annotations, and pathways
-        self._relations: dict[str, sparse.csr_matrix] = dict(self._target_adjacencies)
+        self._relations: dict[str, sparse.csr_matrix] = {n: _joining(a) for n, a in self._target_adjacencies.items()}
         self._relations.update({f"{name}, terms": f.rows(self._nodes) for name, f in terms.items()})
         if pathway_net is not None:
             shared = net_matrix(pathway_net, self._nodes)
             if shared.nnz:
-                self._relations["pathway_net"] = normalised_adjacency(shared.maximum(shared.T))
+                self._relations["pathway_net"] = _joining(normalised_adjacency(shared.maximum(shared.T)))
         self._trust = {K.UNSEEN: 0.0, K.COMBINATION: 0.0}
         self._base_shift = np.zeros(self.n_genes, dtype=np.float32)
         self._calibration: dict[str, Any] = {}
@@ -515,6 +516,12 @@ class _GraphModel(PerturbationModel):
         self._prior = GraphPrior(self._relations).restore(state["prior"])
         self._trust, self._base_shift, self._calibration = state["trust"], state["base_shift"], state["calibration"]
         self._judges = state["judges"]
+
+
+def _joining(adjacency: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Rows of a graph, zero for nodes that it joins to no other: by their self loop alone it would say that they move more."""
+    degree = np.diff(adjacency.indptr) + np.bincount(adjacency.indices, minlength=adjacency.shape[0])
+    return (sparse.diags((degree > 2).astype(np.float64)) @ adjacency).tocsr()
 
 
 def _trust(missing: np.ndarray, correction: np.ndarray) -> float:

@@ -153,8 +153,11 @@ def limit_widths(ratio: np.ndarray) -> np.ndarray:
     """
     n = len(ratio)
     level = min(1.0, COVERAGE * (n + 1) / n)
-    pooled = np.quantile(ratio, level)
+    moves = ratio.any(axis=0)
+    if not moves.any():
+        return np.zeros(ratio.shape[1])
+    pooled = np.quantile(ratio[:, moves], level)
     chance = COVERAGE * (1 - COVERAGE) / n
-    unequal = max((ratio <= pooled).mean(axis=0).var() - chance, 0.0)
+    unequal = max((ratio[:, moves] <= pooled).mean(axis=0).var() - chance, 0.0)
     own = unequal / (unequal + chance)
     return own * np.quantile(ratio, level, axis=0) + (1 - own) * pooled

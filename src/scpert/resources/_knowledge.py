@@ -147,14 +147,16 @@ def _read_annotations(path: Path, form: str, tax: str | None) -> pd.DataFrame:
 
 def _read_gene_ids(gene_ids: str | PathLike | pd.DataFrame) -> dict[str, str]:
     if isinstance(gene_ids, pd.DataFrame):
-        table, where = gene_ids.astype(str), "gene_ids"
+        table, where = gene_ids.astype(object).where(gene_ids.notna(), "").astype(str), "gene_ids"
     else:
         path = local_file(gene_ids, "gene_ids")
         table, where = read_table(path), str(path)
     identifier = column(table, ["GeneID", "entrez_id", "gene_id", "ncbi_gene_id"], "NCBI gene identifier", where)
     symbol = column(table, ["symbol", "gene", "gene_symbol"], "symbol", where)
-    keep = (table[identifier] != "") & (table[symbol] != "")
-    return dict(zip(table.loc[keep, identifier], table.loc[keep, symbol], strict=True))
+    number = table[identifier].str.strip().str.removesuffix(".0")  # pandas reads a column with gaps as floats
+    name = table[symbol].str.strip()
+    keep = (number != "") & (name != "")
+    return dict(zip(number[keep], name[keep], strict=True))
 
 
 def _read_is_a(hierarchy: str | PathLike | pd.DataFrame) -> tuple[dict[str, set[str]], dict[str, str], str]:
@@ -235,16 +237,18 @@ def gene_ontology(
         Whether a gene bears all ancestors (over is_a) of its terms too. Default: if a ``hierarchy`` is given.
     hierarchy
         ``go-basic.obo``, or a table (or DataFrame) with columns ``child`` and ``parent``. Downloaded if
-        ``propagate=True`` and none is given.
+        ``propagate=True`` and none is given. Alternative identifiers of ``go-basic.obo`` become the current ones.
     levels
         Propagate only so many levels up: 1 adds the parents. ``None``: all ancestors.
     domains
         Of ``BP``, ``MF``, ``CC``: only terms of these.
     evidence
-        Only annotations with these evidence codes (``"IDA"``, ``"IMP"`` ...), where the file has codes.
+        Only annotations with these evidence codes (``"IDA"``, ``"IMP"`` ...), where the file has codes. ``None``: all but
+        ``"ND"``, which says that nothing is known of the gene.
     exclude_terms
         Terms to drop, before propagation and after. For a graph of genes drop ``("GO:0005515",)``, protein binding:
-        sparsely annotated genes that share nothing else would become neighbours.
+        sparsely annotated genes that share nothing else would become neighbours. So would genes of which nothing is
+        known, in a table without evidence codes: drop the roots, ``"GO:0008150"``, ``"GO:0003674"`` and ``"GO:0005575"``.
     min_terms
         Genes with fewer terms are dropped.
     aliases
@@ -313,6 +317,8 @@ def gene_ontology(
         if "evidence" not in table:
             raise ScpertError(f"{file} has no evidence codes: leave evidence=None, or use a GAF or gene2go file.")
         table = table[table["evidence"].isin({str(e) for e in evidence})]
+    elif "evidence" in table:
+        table = table[table["evidence"] != "ND"]
     if domains is not None:
         wanted = {check_choice("domains", d, DOMAINS) for d in domains}
         if "domain" not in table or not table["domain"].isin(_DOMAIN_NAMES).any():
@@ -329,6 +335,11 @@ def gene_ontology(
         else:
             symbols = _read_gene_ids(gene_ids)
             attrs["unmapped_ids"] = sorted(set(table["gene"]) - set(symbols))
+            if len(table) and set(attrs["unmapped_ids"]) == set(table["gene"]):
+                raise ScpertError(
+                    f"gene_ids has none of the identifiers of {file}: it has {listing(symbols, 3)}, the file "
+                    f"{listing(attrs['unmapped_ids'], 3)}. Give NCBI's numbers of the same organism."
+                )
             table = table.assign(gene=table["gene"].map(symbols)).dropna(subset="gene")
     table, report = rename_genes(table, ["gene"], aliases, "Gene Ontology")
     attrs.update(report)
@@ -337,16 +348,20 @@ def gene_ontology(
             hierarchy = fetch(_OBO_URL, "go-basic.obo", subfolder="resources")
         parents, renamed, where = _read_is_a(hierarchy)
         above = ancestors(parents, where)
+        excluded |= {renamed[t] for t in excluded & set(renamed)}
+        # alternative identifiers are the same term
+        table = table.assign(term=[renamed.get(t, t) for t in table["term"]])
+        table = table[~table["term"].isin(excluded)]
         terms = [str(t) for t in table["term"].unique()]
-        unknown = sorted(t for t in terms if renamed.get(t, t) not in above)
-        if len(unknown) == len(terms):
+        unknown = sorted(t for t in terms if t not in above)
+        if terms and len(unknown) == len(terms):
             raise FileFormatError(
                 f"The hierarchy {where} holds none of the terms of {file} (such as {listing(unknown, 3)}). Is it a "
                 "hierarchy of the same ontology?"
             )
         attrs.update(hierarchy=where, terms_not_in_hierarchy=unknown)
-        lists = [[t, *sorted(_above(renamed.get(t, t), parents, above, levels))] for t in terms]
-        closure = pd.DataFrame({"term": terms, "all": lists})
+        lists = [[t, *sorted(_above(t, parents, above, levels))] for t in terms]
+        closure = pd.DataFrame({"term": terms, "all": lists}, dtype=object)
         table = table.drop_duplicates().merge(closure, on="term")[["gene", "all"]].explode("all")
         table = table.rename(columns={"all": "term"})
         table = table[~table["term"].isin(excluded)]
@@ -549,6 +564,7 @@ def interactome(
     ['GATA1', 'KLF1']
     """
     check_choice("source", source, ("string", "biogrid"))
+    check_positive("min_score", min_score, zero=True)
     tax = taxon(organism)
     if path is None and source == "string":
         species = _STRING_TAXA.get(tax, tax)

@@ -11,7 +11,7 @@ from typing import Any, overload
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import listing, suggest
+from .._checks import check_whole, listing, suggest
 from ..errors import FileFormatError, MissingKeyError, ScpertError
 from ._fetch import fetch
 from ._read import check_acyclic, column, local_file, open_text, provenance, read_gmt, read_table
@@ -183,7 +183,7 @@ class Reactome:
         Sorted identifiers for one gene (empty if Reactome does not hold it: ask with ``gene in reactome``); for
         several, these by gene.
         """
-        if level is not None and not 1 <= level <= self.n_levels:
+        if level is not None and not 1 <= check_whole("level", level) <= self.n_levels:
             raise ScpertError(f"level={level!r}: the levels are 1 (lowest) to {self.n_levels}.")
         if not isinstance(gene, str):
             return {str(g): self.pathways(str(g), level) for g in gene}
