@@ -16,6 +16,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import scpert
@@ -32,6 +33,20 @@ class Raises(PerturbedMean):
 
     def _fit(self):
         raise RuntimeError("no convergence after 3 steps")
+
+
+class Alone(PerturbedMean):
+    """Draws from the random numbers of the process, as networks do."""
+
+    def _fit(self):
+        with self._seeded(self.random_state_):
+            time.sleep(0.02)
+            self.factor = float(torch.rand(1))
+
+    def _predict_delta(self, targets, reference, rng, batch_size):
+        out = super()._predict_delta(targets, reference, rng, batch_size)
+        out.delta = out.delta * self.factor
+        return out
 
 
 class Scaled(PerturbedMean):
@@ -168,6 +183,18 @@ def test_dask_gives_the_same_numbers(screen, tmp_path):
         spread = benchmark.run(
             [_task(screen)], ["NoChange", "PerturbedMean"], seeds=1, out=tmp_path / "b", engine=client
         )
+    pd.testing.assert_frame_equal(spread, serial, check_exact=True)
+
+
+def test_dask_workers_with_threads_give_the_same_numbers(screen, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    models = [(f"m{i}", Alone, {}) for i in range(4)]
+    serial = benchmark.run([_task(screen)], models, seeds=2, out=tmp_path / "a")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        spread = benchmark.run([_task(screen)], models, seeds=2, out=tmp_path / "b", engine=client)
     pd.testing.assert_frame_equal(spread, serial, check_exact=True)
 
 

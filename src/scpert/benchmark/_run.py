@@ -37,6 +37,8 @@ logger = logging.getLogger("scpert")
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
 _FORMAT = 3
+#: Random numbers of torch and the memory in use belong to the process: its threads compute one cell after the other.
+_ALONE = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -404,9 +406,9 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
     tables: dict[str, pd.DataFrame] = {}
     wrong: dict[str, pd.DataFrame] = {}
     known: dict[str, str] = {}
-    start = time.perf_counter()
     group: dict[str, str] = {}
-    with _Memory() as memory:
+    with _ALONE, _Memory() as memory:
+        start = time.perf_counter()
         try:
             ready = _prepared((key, seed), _Holder(task))
             prepared, group = ready.prepared, ready.prepared.group
@@ -524,7 +526,8 @@ def run(
         Folder of the results.
     engine
         ``None``: one cell after the other, in this process. A Dask client: the cells are spread over its workers; the
-        numbers are the same. Results are written by the calling process, so workers need not share a file system.
+        numbers are the same. A worker computes one cell at a time, however many threads it has: for more at once, start more
+        workers. Results are written by the calling process, so workers need not share a file system.
     retry_failed
         Compute failed cells again.
 
