@@ -321,6 +321,19 @@ def test_no_model_beats_the_mean_without_effect(tmp_path):
     assert (mean["rank"] == 1).all()
 
 
+def test_undefined_metrics_of_cells_do_not_hide_that_there_is_no_effect(tmp_path):
+    null = scpert.datasets.simulated(700, 40, 12, n_combinations=0, random_state=0, effect_size=0.0, quality_fail=0.0)
+    metrics = (*METRICS, "mse_delta", "de_spearman_lfc_sig")
+    options = {"fractions": (0.5, 0.1, 0.4)}
+    task = Task("null", null, "cells", metrics=metrics, n_draws=8, split_options=options, level="cell")
+    results = benchmark.run([task], ["NoChange"], seeds=1, out=tmp_path)
+    assert results.loc[results["metric"] == "de_spearman_lfc_sig", "value"].isna().all()
+    board = benchmark.leaderboard(results, n_boot=300)
+    assert (board.loc[board["model"] == "training_mean", "rank"] == 1).all()
+    gains = board[(board["model"] == "NoChange") & (board["difference"] > 0)]
+    assert "mse_delta" in set(gains["metric"]) and gains["difference_lower"].isna().all()
+
+
 def test_leaderboard_ranks_and_page(screen, tmp_path):
     models = ["NoChange", ("own", Scaled, {"factor": 1.0}), ("wild", Scaled, {"factor": 30.0})]
     tasks = [_task(screen, "a"), _task(screen, "b", split="cells")]
