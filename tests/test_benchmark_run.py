@@ -584,12 +584,18 @@ class Shy(PerturbedMean):
         out.delta[: len(targets) // 2] = np.nan
         return out
 
+    def _predict_cells(self, targets, delta, reference, rng, batch_size):
+        return super()._predict_cells(targets, np.nan_to_num(delta), reference, rng, batch_size) + 0 * delta
 
-def test_silence_does_not_thin_the_competition(screen, tmp_path):
-    task = _task(screen, metrics=("centroid_accuracy", "mse"))
+
+@pytest.mark.parametrize("level", ["pseudobulk", "cell"])
+def test_silence_does_not_thin_the_competition(screen, tmp_path, level):
+    task = _task(screen, metrics=("centroid_accuracy", "mse"), level=level)
     results = benchmark.run([task], [("shy", Shy, {}), "PerturbedMean"], seeds=1, out=tmp_path)
     wide = results.pivot_table(index=["metric", "perturbation"], columns="model", values="value")
-    np.testing.assert_allclose(wide["shy"], wide["PerturbedMean"], rtol=1e-4)
+    assert wide["shy"].notna().all()
+    if level == "pseudobulk":
+        np.testing.assert_allclose(wide["shy"], wide["PerturbedMean"], rtol=1e-4)
 
 
 def test_keys_are_the_same_in_every_process():

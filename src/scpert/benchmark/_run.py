@@ -36,7 +36,7 @@ logger = logging.getLogger("scpert")
 
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
-_FORMAT = 3
+_FORMAT = 4
 #: Random numbers of torch and the memory in use belong to the process: its threads compute one cell after the other.
 _ALONE = threading.RLock()
 
@@ -325,24 +325,32 @@ def _predict(model: Any, labels: Sequence[str], task: Task, seed: int, adata: An
     return model.predict_perturbation(list(labels), adata=adata, level=task.level, on_unknown="mean", random_state=seed)
 
 
-def _completed(predicted: AnnData, reference: Any) -> AnnData:
-    """A pseudobulk prediction with the training mean for what it leaves out: silence must not thin the others' competitors."""
+def _mean_of(silent: Sequence[str], reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> AnnData:
+    """What the training mean predicts of some perturbations; as cells, control cells that are moved by it."""
     from .. import metrics
 
-    if K.DELTA not in predicted.layers or predicted.obs[K.PERTURBATION].duplicated().any():
+    task = prepared.task
+    if task.level == "cell":
+        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
+        return _predict(model, silent, task, seed, controls)
+    mean = metrics.training_mean(reference)
+    return mean[mean.obs[K.PERTURBATION].astype(str).isin(silent).to_numpy()]
+
+
+def _completed(predicted: AnnData, reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> AnnData:
+    """A prediction with the training mean for what it leaves out: silence must not thin the others' competitors."""
+    labels = predicted.obs[K.PERTURBATION].astype(str).to_numpy()
+    finite = np.isfinite(np.asarray(predicted.X.sum(axis=1))).ravel()
+    said = set(labels) - set(labels[~finite])
+    silent = [p for p in reference.perturbations if p not in said]
+    if not silent or len(silent) == len(reference.perturbations) or reference.centroid is None:
         return predicted
-    finite = np.isfinite(np.asarray(predicted.X)).all(axis=1)
-    there = set(predicted.obs[K.PERTURBATION].astype(str)[finite])
-    silent = [p for p in reference.perturbations if p not in there]
-    mean = metrics.training_mean(reference) if silent and reference.centroid is not None else None
-    if mean is None or not finite.any() or K.DELTA not in mean.layers:
-        return predicted
+    mean = _mean_of(silent, reference, prepared, seed, controls)
     if list(mean.var_names) != list(predicted.var_names):
         return predicted
     import anndata
 
-    some = mean[np.isin(mean.obs[K.PERTURBATION].astype(str), silent)]
-    out = anndata.concat([predicted[finite], some], join="inner", index_unique="-")
+    out = anndata.concat([predicted[~np.isin(labels, silent)], mean], join="inner", index_unique="-")
     out.uns.update(predicted.uns)
     return out
 
@@ -356,10 +364,8 @@ def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData |
     table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
     names = [m.name for m in resolve(task.metrics, ()) if "cells" in m.needs]
     if task.level == "cell" and names:
-        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
-        cells = metrics.evaluate(
-            _predict(model, reference.perturbations, task, seed, controls), reference, metrics=names
-        )
+        moved = _mean_of(reference.perturbations, reference, prepared, seed, controls)
+        cells = metrics.evaluate(moved, reference, metrics=names)
         table[cells.columns] = cells
         reasons = {k: v for k, v in table.attrs["reasons"].items() if k not in cells.columns}
         table.attrs["reasons"] = reasons | cells.attrs["reasons"]
@@ -435,7 +441,8 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                         rows: pd.DataFrame = predicted.obs.drop_duplicates(K.PERTURBATION)  # type: ignore[union-attr]
                         labels = rows[K.PERTURBATION].astype(str) + suffix
                         known |= dict(zip(labels, rows[K.STATUS].astype(str), strict=True))
-                    table = metrics.evaluate(_completed(predicted, reference), reference, metrics=task.metrics)
+                    predicted = _completed(predicted, reference, prepared, seed, base)
+                    table = metrics.evaluate(predicted, reference, metrics=task.metrics)
                 tables[suffix] = metrics.by_chance(table)
                 if table.attrs.get("mismatched"):
                     wrong[suffix] = pd.DataFrame(table.attrs["mismatched"]).reindex(columns=table.columns)
