@@ -42,9 +42,13 @@ class TargetwiseModel(ClosedFormModel):
 
     def _status(self, targets: tuple[str, ...]) -> str | None:
         status = super()._status(targets)
-        if status == K.FALLBACK and len(targets) > 1:  # the mean stands in for some target, the others are known
-            known = [t for t in targets if self._covers(t)]
-            return (K.COMBINATION if len(known) == len(targets) else K.UNSEEN) if known else K.FALLBACK
+        if status not in (K.FALLBACK, K.COMBINATION) or len(targets) < 2:
+            return status
+        known = [t for t in targets if self._covers(t)]
+        if not known:  # trained in other combinations only, or not at all: the mean once, not for each target
+            return K.FALLBACK
+        if status == K.FALLBACK:  # the mean stands in for some target
+            return K.COMBINATION if len(known) == len(targets) else K.UNSEEN
         return status
 
     def _shifts(self, targets: list[tuple[str, ...]]) -> dict[str, np.ndarray]:
