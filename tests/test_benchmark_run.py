@@ -112,6 +112,16 @@ def test_numbers_are_those_of_evaluate(screen, tmp_path):
     np.testing.assert_allclose(got.loc[labels], want.loc[labels, "mse"], rtol=1e-6)
 
 
+def test_backed_data(screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    there, memory = (
+        benchmark.run([_task(data, metrics=("mse",))], ["PerturbedMean"], seeds=1, out=tmp_path / name)
+        for name, data in (("there", backed), ("memory", screen))
+    )
+    pd.testing.assert_frame_equal(there, memory)
+
+
 def test_no_change_is_no_change_for_targets_outside_the_panel(screen, tmp_path):
     """Held-out targets that are no genes of the panel: a stand-in of the mean effect would be another baseline."""
     targets = set(screen.obs["perturbation"])
@@ -496,6 +506,8 @@ def test_errors(screen, tmp_path):
         benchmark.run([_task(screen)], ["NoChange", "NoChange"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="split='random'"):
         Task("x", screen, "random")
+    with pytest.raises(ScpertError, match="max_train_cells=2.5: give a whole number"):
+        Task("x", screen, "cells", max_train_cells=2.5)
     with pytest.raises(ScpertError, match="seeds is empty"):
         benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
 

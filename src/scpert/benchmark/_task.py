@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import check_obs_key, check_positive, listing
+from .._checks import check_obs_key, check_whole, listing
 from ..data import canonical, parse
 from ..errors import ScpertError, SplitError
 
@@ -116,7 +116,7 @@ class Task:
                 "starts from each context's own; or call model.predict_perturbation(adata=controls) and metrics.evaluate yourself."
             )
         if self.max_train_cells is not None:
-            check_positive("max_train_cells", self.max_train_cells)
+            check_whole("max_train_cells", self.max_train_cells)
         if not self.question:
             few = self.max_train_cells is not None
             text = {
@@ -176,7 +176,7 @@ class Task:
             return anndata.read_h5ad(self.data)
         if callable(self.data):
             return self.data()
-        return self.data.copy()
+        return self.data.to_memory() if self.data.isbacked else self.data.copy()
 
 
 def fingerprint(value: Any) -> str:
