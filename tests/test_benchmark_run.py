@@ -236,6 +236,24 @@ def test_hyper_parameters_are_chosen_on_validation_perturbations(screen, tmp_pat
     assert "no val cells to choose on" in failed[failed["model"] == "scaled"]["message"].iloc[0]
 
 
+def test_a_candidate_that_tells_of_few_perturbations_is_not_chosen_for_these(tmp_path):
+    rng = np.random.default_rng(0)
+    genes = [f"p{i}" for i in range(120)]
+    member = rng.integers(0, 12, 120)
+    X = rng.normal(size=(12, 60))[member] + 0.7 * rng.normal(size=(120, 60))
+    effects = ad.AnnData(X.astype(np.float32), pd.DataFrame({"perturbation": genes}, index=genes))
+    all_genes = pd.DataFrame({"gene": genes, "term": [f"m{m}" for m in member]})
+    few = all_genes[member < 2]
+    noisy = all_genes.assign(term=np.where(rng.random(120) < 0.25, "m0", all_genes["term"]))
+    options = {"fractions": (0.6, 0.2, 0.2)}
+    task = Task("t", effects, split_options=options, setup={"scale": "effects"}, metrics=("mse",))
+    grid = {"knowledge": [{"few": few}, {"noisy": noisy}]}
+    spec = ModelSpec("KNN", grid=grid, select_by="pearson_delta_centroid")
+    results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
+    chosen = benchmark.costs(results).query("model == 'KNN'")["chosen"]
+    assert chosen.str.contains("noisy").all()
+
+
 def test_validation_perturbations_that_are_tested_are_refused_whatever_the_question(screen, tmp_path):
     data = screen.copy()
     scpert.pp.split(data, kind="perturbations", fractions=(0.5, 0.25, 0.25))
