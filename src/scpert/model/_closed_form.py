@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_net, check_positive, check_whole, listing
@@ -236,9 +237,16 @@ class KnowledgeModel(TargetwiseModel):
         """The tables that know at least two of the single training perturbations."""
         return usable(self._features, sorted(self.effects_.singles), type(self).__name__)
 
+    @cached_property
+    def _of_singles(self) -> list[sparse.csr_matrix]:
+        """Features of the single training perturbations by each of these tables, ``(feature, single)``."""
+        singles = sorted(self.effects_.singles)
+        return [f.rows(singles).T.tocsr() for f in self._used.values()]
+
     def _learn_reference(self, random_state: int = 0) -> None:
         super()._learn_reference(random_state)
         self.__dict__.pop("_used", None)
+        self.__dict__.pop("_of_singles", None)
 
     def _graph_targets(self) -> frozenset[str]:
         return frozenset().union(*(f.known for f in self._features.values())) if self._features else frozenset()
@@ -311,7 +319,9 @@ class KNN(KnowledgeModel):
 
     def _similarity(self, targets: list[str]) -> tuple[np.ndarray, list[str]]:
         singles = sorted(self.effects_.singles)
-        total = sum((f.kernel(targets, singles) for f in self._used.values()), np.zeros((len(targets), len(singles))))
+        total = np.zeros((len(targets), len(singles)))
+        for f, known in zip(self._used.values(), self._of_singles, strict=True):
+            total += np.clip((f.rows(targets) @ known).toarray(), -1.0, 1.0)
         return total / max(len(self._used), 1), singles
 
     def _informed(self, target: str) -> bool:
