@@ -528,6 +528,17 @@ def test_errors(screen, tmp_path):
         Task("x", screen, "cells", max_train_cells=2.5)
     with pytest.raises(ScpertError, match="seeds is empty"):
         benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
+    for seeds in (1.5, [1.7], [-1]):
+        with pytest.raises(ScpertError, match="seed"):
+            benchmark.run([_task(screen)], ["NoChange"], seeds=seeds, out=tmp_path)
+    with pytest.raises(ScpertError, match="engine='dask': give a Dask client"):
+        benchmark.run([_task(screen)], ["NoChange"], seeds=1, out=tmp_path, engine="dask")
+    with pytest.raises(ScpertError, match="tasks is AnnData"):
+        benchmark.run(screen, ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="models is None"):
+        benchmark.run([_task(screen)], None, seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="holds no results"):
+        benchmark.leaderboard(tmp_path / "nothing")
 
 
 def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path, caplog):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import listing, suggest
+from .._checks import check_seed, listing, suggest
 from .._files import written_whole
 from .._progress import progress
 from ..errors import ScpertError, SplitError
@@ -160,6 +160,8 @@ def _constant(value: Any) -> str:
 
 def resolve_models(models: Any) -> list[ModelSpec]:
     """Models from names, ``(name, class, options)``, ``(name, class, options, train options)`` or specs."""
+    if models is None:
+        raise ScpertError("models is None: give names of scpert.model.MODELS, (name, class, options), or ModelSpecs.")
     if isinstance(models, (str, ModelSpec)) or (
         isinstance(models, tuple) and len(models) > 1 and not isinstance(models[1], (str, ModelSpec, tuple))
     ):
@@ -567,9 +569,12 @@ def run(
     ['NoChange', 'ceiling', 'mismatched', 'training_mean']
     """
     task_list, specs = resolve_tasks(tasks), resolve_models(models)
-    seed_list = (
-        list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(dict.fromkeys(int(s) for s in seeds))
-    )
+    if isinstance(seeds, float):
+        raise ScpertError(f"seeds={seeds!r}: give a number of seeds, such as 3, or a list of them, such as [0, 1, 2].")
+    given = range(seeds) if isinstance(seeds, (int, np.integer)) else dict.fromkeys(seeds)
+    seed_list = [check_seed(s, "a seed of seeds") for s in given]
+    if engine is not None and not hasattr(engine, "submit"):
+        raise ScpertError(f"engine={engine!r}: give a Dask client (dask.distributed.Client()), or None.")
     if not seed_list:
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:
@@ -665,4 +670,8 @@ def costs(results: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
     """
     if isinstance(results, pd.DataFrame):
         return pd.DataFrame(results.attrs.get("costs", []))
+    if not (Path(results) / "costs.parquet").is_file():
+        raise ScpertError(
+            f"{str(results)!r} holds no results of scpert.benchmark.run (costs.parquet). Give its folder out=."
+        )
     return pd.read_parquet(Path(results) / "costs.parquet")

@@ -439,6 +439,8 @@ def resolve_tasks(tasks: Any) -> list[Task]:
         tasks = [tasks]
     elif isinstance(tasks, Mapping):
         tasks = list(tasks.values())
+    elif tasks is None or hasattr(tasks, "obs_names"):
+        raise ScpertError(f"tasks is {type(tasks).__name__}: give names of TASKS, or Task(name, data, split).")
     out = []
     for task in tasks:
         if isinstance(task, Task):
