@@ -501,6 +501,31 @@ def test_functions_that_differ_in_what_they_hold_are_other_data(tmp_path):
     assert not cells[0]["value"].equals(cells[1]["value"])
 
 
+def test_options_that_differ_are_other_results(screen, tmp_path):
+    from scpert.benchmark._task import fingerprint
+
+    class Settings:
+        def __init__(self, value):
+            self.value = value
+
+    genes = [f"g{i}" for i in range(500)]
+    other = [*genes[:250], "another", *genes[251:]]
+    matrix, tensor = sparse.eye_array(50, format="csr"), torch.zeros(5000)
+    moved, changed = matrix[::-1].copy(), tensor.clone()
+    changed[2500] = 1
+    pairs = [
+        ([1, 15], [11, 5]), ({"a": [1], "b": 2}, {"a": [1, 2]}), (pd.Index(genes), pd.Index(other)), (matrix, moved),
+        (tensor, changed), (Settings(1), Settings(2)), ({"a", "b"}, {"a", "c"}),
+    ]  # fmt: skip
+    for a, b in pairs:
+        assert fingerprint(a) != fingerprint(b)
+        assert fingerprint({"x": [a]}) == fingerprint({"x": [a]})
+    assert fingerprint(Settings(genes)) == fingerprint(Settings(list(genes)))
+    for note in ([1, 15], [11, 5]):
+        results = benchmark.run([_task(screen)], [ModelSpec("m", Scaled, {"note": note})], seeds=1, out=tmp_path)
+    assert len(list((tmp_path / "cells").glob("t__m__*.cost.parquet"))) == 2 and (results["status"] == "ok").all()
+
+
 def test_long_names(screen, tmp_path):
     task = _task(screen, "t" * 200, metrics=("mse",))
     results = benchmark.run([task], [("m" * 200 + end, PerturbedMean) for end in "ab"], seeds=1, out=tmp_path)
@@ -642,7 +667,7 @@ def test_silence_does_not_thin_the_competition(screen, tmp_path, level):
 def test_keys_are_the_same_in_every_process():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from mine import Mine\nfrom scpert.benchmark import ModelSpec\nprint(ModelSpec('m', Mine).describe()['parts'])"
+        "from mine import Mine\nfrom scpert.benchmark import ModelSpec\nprint(ModelSpec('m', Mine, {'genes': {'a', 'b', 'c'}}).describe()['parts'])"
     )
     source = (
         "from scpert.model import PerturbedMean\nclass Mine(PerturbedMean):\n    SHRINK = {shrink}\n"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_obs_key, check_whole, listing
@@ -212,14 +213,22 @@ def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode())
+    elif sparse.issparse(value):
+        matrix = value.tocsr()
+        digest.update(f"sparse{matrix.shape}".encode())
+        _feed(digest, [matrix.data, matrix.indices, matrix.indptr])
     elif isinstance(value, Mapping):
+        digest.update(f"map{len(value)}".encode())
         for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _feed(digest, value[key])
+            digest.update(f"\0{key}\0".encode())
+            _feed(digest, value[key], seen)
     elif isinstance(value, (list, tuple)):
-        digest.update(b"list")
+        digest.update(f"list{len(value)}".encode())
         for item in value:
-            _feed(digest, item)
+            digest.update(b"\0")  # [1, 23] is not [12, 3]
+            _feed(digest, item, seen)
+    elif isinstance(value, (set, frozenset)):  # it has no order of its own
+        _feed(digest, ["set", *sorted(map(fingerprint, value))])
     elif is_dataclass(value) and not isinstance(value, type):
         digest.update(type(value).__qualname__.encode())
         _feed(digest, {f.name: getattr(value, f.name) for f in fields(value)})
@@ -235,6 +244,11 @@ def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
         digest.update(name.encode())
         for part in _around(value):
             _feed(digest, part, (*seen, id(value)))
+    elif hasattr(value, "__array__") and not np.isscalar(value):  # an index, a tensor: their text is cut
+        _feed(digest, np.asarray(value.detach().cpu() if hasattr(value, "detach") else value))
+    elif type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):  # its text is an address
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
+        _feed(digest, vars(value), (*seen, id(value)))
     else:
         digest.update(json.dumps(value, default=repr).encode())
 
