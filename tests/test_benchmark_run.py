@@ -612,10 +612,18 @@ def test_leaks_are_found_at_any_depth(screen, tmp_path):
         ModelSpec("a", "PerturbedMean", {"tables": [{"all": (screen,)}]}),
         ModelSpec("b", "PerturbedMean", grid={"full": [[screen]]}),
         ModelSpec("c", "PerturbedMean", train={"x": [screen]}),
+        ModelSpec("d", Scaled, {"note": lambda: screen}),
+        ModelSpec("e", Scaled, {"note": argparse.Namespace(data={"x": screen})}),
     ):
         results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
         failed = results[(results["model"] == spec.name) & (results["status"] == "failed")]
         assert len(failed) == 1 and "a leak" in failed["message"].iloc[0]
+    scpert.pp.split(screen, kind="perturbations", key_added="parts", random_state=0)  # as the task does
+    spec = ModelSpec(
+        "f", Scaled, {"note": screen[screen.obs.pop("parts") == "train"]}
+    )  # a view of all, but of no test cell
+    results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
+    assert (results.loc[results["model"] == "f", "status"] == "ok").all()
 
 
 def test_a_class_written_anew_and_another_question_are_computed_anew(screen, tmp_path):

@@ -386,18 +386,29 @@ def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:
 def refuse_leaking_options(options: Mapping[str, Any], prepared: Prepared, where: str) -> None:
     """Raise if an option holds, at any depth, an AnnData with cells of test perturbations (from the test data themselves)."""
     names = set(prepared.test.obs_names.astype(str))
+    seen: dict[int, Any] = {}  # the objects are kept, so that no other one gets their id
 
     def look(key: str, value: Any) -> None:
-        if hasattr(value, "obs_names") and names & set(value.obs_names.astype(str)):
-            raise SplitError(f"{where}: the option {key!r} holds test cells of task {prepared.task.name!r}: a leak.")
-        if isinstance(value, Mapping):
+        if id(value) in seen:
+            return
+        seen[id(value)] = value
+        if hasattr(value, "obs_names"):
+            if names & set(value.obs_names.astype(str)):
+                raise SplitError(
+                    f"{where}: the option {key!r} holds test cells of task {prepared.task.name!r}: a leak."
+                )
+        elif isinstance(value, Mapping):
             for name, inner in value.items():
                 look(f"{key}.{name}", inner)
-        elif isinstance(value, list | tuple | set):
+        elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
                 look(key, inner)
         elif isinstance(value, functools.partial):
-            look(key, [*value.args, *value.keywords.values()])
+            look(key, [value.func, *value.args, *value.keywords.values()])
+        elif callable(value):
+            look(key, _around(value))
+        elif hasattr(value, "__dict__") and not hasattr(value, "__array__") and not isinstance(value, ModuleType):
+            look(key, vars(value))
 
     for key, value in options.items():
         look(str(key), value)
