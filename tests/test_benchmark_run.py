@@ -562,6 +562,9 @@ def test_errors(screen, tmp_path):
         benchmark.run(screen, ["NoChange"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="models is None"):
         benchmark.run([_task(screen)], None, seeds=1, out=tmp_path)
+    failed = benchmark.run([_task(screen, setup={"control": "nobody"})], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="Nothing to rank.*control='nobody'"):
+        benchmark.leaderboard(failed)
     with pytest.raises(ScpertError, match="holds no results"):
         benchmark.leaderboard(tmp_path / "nothing")
 

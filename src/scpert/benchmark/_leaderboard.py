@@ -82,6 +82,9 @@ def leaderboard(
             raise ScpertError(f"stratum={stratum!r} is not in the results, which have {listing(there) or 'none'}.")
         results = results[(results["stratum"] == stratum) | (results["status"] == "failed")]
     available = [m for m in results["metric"].unique() if m in METRICS and METRICS[m].best is not None]
+    if not available:
+        why = ", ".join(sorted(set(results["message"].astype(str)) - {""})[:3]) or "no metric has a best value"
+        raise ScpertError(f"Nothing to rank: no cell of the benchmark has a value to rank by ({why}).")
     wanted = available if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     unknown = [m for m in wanted if m not in available]
     if unknown:
