@@ -9,7 +9,9 @@ import pytest
 
 os.environ.setdefault("SCPERT_PROGRESS", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # numba sets the threads of OpenMP, which torch shares, for the rest of the process
+os.environ.setdefault(
+    "NUMBA_NUM_THREADS", "1"
+)  # numba sets the threads of OpenMP, which torch shares, for the rest of the process
 
 
 def _folder(variable: str) -> Path:

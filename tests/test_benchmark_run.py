@@ -16,6 +16,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import scpert
@@ -32,6 +33,20 @@ class Raises(PerturbedMean):
 
     def _fit(self):
         raise RuntimeError("no convergence after 3 steps")
+
+
+class Alone(PerturbedMean):
+    """Draws from the random numbers of the process, as networks do."""
+
+    def _fit(self):
+        with self._seeded(self.random_state_):
+            time.sleep(0.02)
+            self.factor = float(torch.rand(1))
+
+    def _predict_delta(self, targets, reference, rng, batch_size):
+        out = super()._predict_delta(targets, reference, rng, batch_size)
+        out.delta = out.delta * self.factor
+        return out
 
 
 class Scaled(PerturbedMean):
@@ -95,6 +110,16 @@ def test_numbers_are_those_of_evaluate(screen, tmp_path):
         "value"
     ]
     np.testing.assert_allclose(got.loc[labels], want.loc[labels, "mse"], rtol=1e-6)
+
+
+def test_backed_data(screen, tmp_path):
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    backed = ad.read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    there, memory = (
+        benchmark.run([_task(data, metrics=("mse",))], ["PerturbedMean"], seeds=1, out=tmp_path / name)
+        for name, data in (("there", backed), ("memory", screen))
+    )
+    pd.testing.assert_frame_equal(there, memory)
 
 
 def test_no_change_is_no_change_for_targets_outside_the_panel(screen, tmp_path):
@@ -171,6 +196,18 @@ def test_dask_gives_the_same_numbers(screen, tmp_path):
     pd.testing.assert_frame_equal(spread, serial, check_exact=True)
 
 
+def test_dask_workers_with_threads_give_the_same_numbers(screen, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    models = [(f"m{i}", Alone, {}) for i in range(4)]
+    serial = benchmark.run([_task(screen)], models, seeds=2, out=tmp_path / "a")
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        spread = benchmark.run([_task(screen)], models, seeds=2, out=tmp_path / "b", engine=client)
+    pd.testing.assert_frame_equal(spread, serial, check_exact=True)
+
+
 def test_a_model_that_raises_is_a_failed_row(screen, tmp_path):
     results = benchmark.run([_task(screen)], [("bad", Raises, {}), "NoChange"], seeds=1, out=tmp_path)
     row = results[results["model"] == "bad"]
@@ -197,6 +234,24 @@ def test_hyper_parameters_are_chosen_on_validation_perturbations(screen, tmp_pat
     no_val = _task(screen, "no_val", split_options={"fractions": (0.7, 0.0, 0.3)})
     failed = benchmark.run([no_val], [spec], seeds=1, out=tmp_path)
     assert "no val cells to choose on" in failed[failed["model"] == "scaled"]["message"].iloc[0]
+
+
+def test_a_candidate_that_tells_of_few_perturbations_is_not_chosen_for_these(tmp_path):
+    rng = np.random.default_rng(0)
+    genes = [f"p{i}" for i in range(120)]
+    member = rng.integers(0, 12, 120)
+    X = rng.normal(size=(12, 60))[member] + 0.7 * rng.normal(size=(120, 60))
+    effects = ad.AnnData(X.astype(np.float32), pd.DataFrame({"perturbation": genes}, index=genes))
+    all_genes = pd.DataFrame({"gene": genes, "term": [f"m{m}" for m in member]})
+    few = all_genes[member < 2]
+    noisy = all_genes.assign(term=np.where(rng.random(120) < 0.25, "m0", all_genes["term"]))
+    options = {"fractions": (0.6, 0.2, 0.2)}
+    task = Task("t", effects, split_options=options, setup={"scale": "effects"}, metrics=("mse",))
+    grid = {"knowledge": [{"few": few}, {"noisy": noisy}]}
+    spec = ModelSpec("KNN", grid=grid, select_by="pearson_delta_centroid")
+    results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
+    chosen = benchmark.costs(results).query("model == 'KNN'")["chosen"]
+    assert chosen.str.contains("noisy").all()
 
 
 def test_validation_perturbations_that_are_tested_are_refused_whatever_the_question(screen, tmp_path):
@@ -292,6 +347,19 @@ def test_no_model_beats_the_mean_without_effect(tmp_path):
     assert gains["pvals"].isna().all()
     mean = board[board["model"] == "training_mean"]
     assert (mean["rank"] == 1).all()
+
+
+def test_undefined_metrics_of_cells_do_not_hide_that_there_is_no_effect(tmp_path):
+    null = scpert.datasets.simulated(700, 40, 12, n_combinations=0, random_state=0, effect_size=0.0, quality_fail=0.0)
+    metrics = (*METRICS, "mse_delta", "de_spearman_lfc_sig")
+    options = {"fractions": (0.5, 0.1, 0.4)}
+    task = Task("null", null, "cells", metrics=metrics, n_draws=8, split_options=options, level="cell")
+    results = benchmark.run([task], ["NoChange"], seeds=1, out=tmp_path)
+    assert results.loc[results["metric"] == "de_spearman_lfc_sig", "value"].isna().all()
+    board = benchmark.leaderboard(results, n_boot=300)
+    assert (board.loc[board["model"] == "training_mean", "rank"] == 1).all()
+    gains = board[(board["model"] == "NoChange") & (board["difference"] > 0)]
+    assert "mse_delta" in set(gains["metric"]) and gains["difference_lower"].isna().all()
 
 
 def test_leaderboard_ranks_and_page(screen, tmp_path):
@@ -433,6 +501,31 @@ def test_functions_that_differ_in_what_they_hold_are_other_data(tmp_path):
     assert not cells[0]["value"].equals(cells[1]["value"])
 
 
+def test_options_that_differ_are_other_results(screen, tmp_path):
+    from scpert.benchmark._task import fingerprint
+
+    class Settings:
+        def __init__(self, value):
+            self.value = value
+
+    genes = [f"g{i}" for i in range(500)]
+    other = [*genes[:250], "another", *genes[251:]]
+    matrix, tensor = sparse.eye_array(50, format="csr"), torch.zeros(5000)
+    moved, changed = matrix[::-1].copy(), tensor.clone()
+    changed[2500] = 1
+    pairs = [
+        ([1, 15], [11, 5]), ({"a": [1], "b": 2}, {"a": [1, 2]}), (pd.Index(genes), pd.Index(other)), (matrix, moved),
+        (tensor, changed), (Settings(1), Settings(2)), ({"a", "b"}, {"a", "c"}),
+    ]  # fmt: skip
+    for a, b in pairs:
+        assert fingerprint(a) != fingerprint(b)
+        assert fingerprint({"x": [a]}) == fingerprint({"x": [a]})
+    assert fingerprint(Settings(genes)) == fingerprint(Settings(list(genes)))
+    for note in ([1, 15], [11, 5]):
+        results = benchmark.run([_task(screen)], [ModelSpec("m", Scaled, {"note": note})], seeds=1, out=tmp_path)
+    assert len(list((tmp_path / "cells").glob("t__m__*.cost.parquet"))) == 2 and (results["status"] == "ok").all()
+
+
 def test_long_names(screen, tmp_path):
     task = _task(screen, "t" * 200, metrics=("mse",))
     results = benchmark.run([task], [("m" * 200 + end, PerturbedMean) for end in "ab"], seeds=1, out=tmp_path)
@@ -456,8 +549,24 @@ def test_errors(screen, tmp_path):
         benchmark.run([_task(screen)], ["NoChange", "NoChange"], seeds=1, out=tmp_path)
     with pytest.raises(ScpertError, match="split='random'"):
         Task("x", screen, "random")
+    with pytest.raises(ScpertError, match="max_train_cells=2.5: give a whole number"):
+        Task("x", screen, "cells", max_train_cells=2.5)
     with pytest.raises(ScpertError, match="seeds is empty"):
         benchmark.run([_task(screen)], ["NoChange"], seeds=[], out=tmp_path)
+    for seeds in (1.5, [1.7], [-1]):
+        with pytest.raises(ScpertError, match="seed"):
+            benchmark.run([_task(screen)], ["NoChange"], seeds=seeds, out=tmp_path)
+    with pytest.raises(ScpertError, match="engine='dask': give a Dask client"):
+        benchmark.run([_task(screen)], ["NoChange"], seeds=1, out=tmp_path, engine="dask")
+    with pytest.raises(ScpertError, match="tasks is AnnData"):
+        benchmark.run(screen, ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="models is None"):
+        benchmark.run([_task(screen)], None, seeds=1, out=tmp_path)
+    failed = benchmark.run([_task(screen, setup={"control": "nobody"})], ["NoChange"], seeds=1, out=tmp_path)
+    with pytest.raises(ScpertError, match="Nothing to rank.*control='nobody'"):
+        benchmark.leaderboard(failed)
+    with pytest.raises(ScpertError, match="holds no results"):
+        benchmark.leaderboard(tmp_path / "nothing")
 
 
 def test_effects_of_a_context_are_relative_to_its_own_controls(tmp_path):
@@ -520,10 +629,18 @@ def test_leaks_are_found_at_any_depth(screen, tmp_path):
         ModelSpec("a", "PerturbedMean", {"tables": [{"all": (screen,)}]}),
         ModelSpec("b", "PerturbedMean", grid={"full": [[screen]]}),
         ModelSpec("c", "PerturbedMean", train={"x": [screen]}),
+        ModelSpec("d", Scaled, {"note": lambda: screen}),
+        ModelSpec("e", Scaled, {"note": argparse.Namespace(data={"x": screen})}),
     ):
         results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
         failed = results[(results["model"] == spec.name) & (results["status"] == "failed")]
         assert len(failed) == 1 and "a leak" in failed["message"].iloc[0]
+    scpert.pp.split(screen, kind="perturbations", key_added="parts", random_state=0)  # as the task does
+    spec = ModelSpec(
+        "f", Scaled, {"note": screen[screen.obs.pop("parts") == "train"]}
+    )  # a view of all, but of no test cell
+    results = benchmark.run([task], [spec], seeds=1, out=tmp_path)
+    assert (results.loc[results["model"] == "f", "status"] == "ok").all()
 
 
 def test_a_class_written_anew_and_another_question_are_computed_anew(screen, tmp_path):
@@ -558,18 +675,24 @@ class Shy(PerturbedMean):
         out.delta[: len(targets) // 2] = np.nan
         return out
 
+    def _predict_cells(self, targets, delta, reference, rng, batch_size):
+        return super()._predict_cells(targets, np.nan_to_num(delta), reference, rng, batch_size) + 0 * delta
 
-def test_silence_does_not_thin_the_competition(screen, tmp_path):
-    task = _task(screen, metrics=("centroid_accuracy", "mse"))
+
+@pytest.mark.parametrize("level", ["pseudobulk", "cell"])
+def test_silence_does_not_thin_the_competition(screen, tmp_path, level):
+    task = _task(screen, metrics=("centroid_accuracy", "mse"), level=level)
     results = benchmark.run([task], [("shy", Shy, {}), "PerturbedMean"], seeds=1, out=tmp_path)
     wide = results.pivot_table(index=["metric", "perturbation"], columns="model", values="value")
-    np.testing.assert_allclose(wide["shy"], wide["PerturbedMean"], rtol=1e-4)
+    assert wide["shy"].notna().all()
+    if level == "pseudobulk":
+        np.testing.assert_allclose(wide["shy"], wide["PerturbedMean"], rtol=1e-4)
 
 
 def test_keys_are_the_same_in_every_process():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from mine import Mine\nfrom scpert.benchmark import ModelSpec\nprint(ModelSpec('m', Mine).describe()['parts'])"
+        "from mine import Mine\nfrom scpert.benchmark import ModelSpec\nprint(ModelSpec('m', Mine, {'genes': {'a', 'b', 'c'}}).describe()['parts'])"
     )
     source = (
         "from scpert.model import PerturbedMean\nclass Mine(PerturbedMean):\n    SHRINK = {shrink}\n"

@@ -120,6 +120,8 @@ def test_clusters_widen_the_limits():
 
     assert width(together) > 2 * width(alone)
     assert together["n_clusters"].iloc[0] == 20
+    some = pd.Series(clusters).where(np.arange(200) < 100)  # NaN: in no complex
+    assert metrics.compare(a, b, clusters=some)["n_clusters"].iloc[0] == 10 + 100
 
 
 def test_dynamic_range(tables):
@@ -227,6 +229,8 @@ def test_errors_of_summaries(tables):
         metrics.compare(tables["own"], 3)
     with pytest.raises(ScpertError, match="n_draws"):
         metrics.ceiling(tables["reference"], n_draws=0)
+    with pytest.raises(ScpertError, match="n_boot=10.5: give a whole number"):
+        metrics.compare(tables["own"], tables["base"], n_boot=10.5)
     with pytest.raises(ScpertError, match="kind='other'"):
         metrics.ceiling(tables["reference"], kind="other")
     with pytest.raises(ScpertError, match="needs training data"):

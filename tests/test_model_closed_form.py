@@ -137,6 +137,17 @@ def test_combinations_and_fallback(name):
     assert list(table["predictable"]) == [True, True, False]
 
 
+@pytest.mark.parametrize("name", ["KNN", "Ridge", "LinearPCA", "MatchingMean", "KnowledgeGP"])
+def test_combinations_of_nothing_but_unknown_targets_have_the_mean_once(name):
+    adata = effects()
+    adata = adata[:20].copy()
+    adata.obs["perturbation"] = [*adata.obs["perturbation"][:16], "x+z", "y+z", "x+g0", "v+w"]
+    knowledge = {"knowledge": {"go": annotations(22)}} if name in ("KNN", "Ridge", "KnowledgeGP") else {}
+    out = fit(name, adata, **knowledge).predict_perturbation(["x+y", "v+x"])
+    np.testing.assert_allclose(out.X, np.tile(adata.X.mean(axis=0), (2, 1)), atol=1e-6)
+    assert (out.obs["status"] == "fallback").all()
+
+
 @pytest.mark.parametrize("name", ["KNN", "Ridge", "KnowledgeGP"])
 def test_knowledge_without_overlap_is_ignored_with_a_warning(name, caplog):
     adata = effects()

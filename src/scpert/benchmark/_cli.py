@@ -197,8 +197,8 @@ def _knowledge(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _client(where: str) -> Any:
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
-    if where.isdigit():
-        return Client(LocalCluster(n_workers=int(where), threads_per_worker=1, dashboard_address=None))
+    if where.isdigit():  # the client's own workers: they end with it
+        return Client(n_workers=int(where), threads_per_worker=1, dashboard_address=None)
     return Client(where)

@@ -82,6 +82,9 @@ def leaderboard(
             raise ScpertError(f"stratum={stratum!r} is not in the results, which have {listing(there) or 'none'}.")
         results = results[(results["stratum"] == stratum) | (results["status"] == "failed")]
     available = [m for m in results["metric"].unique() if m in METRICS and METRICS[m].best is not None]
+    if not available:
+        why = ", ".join(sorted(set(results["message"].astype(str)) - {""})[:3]) or "no metric has a best value"
+        raise ScpertError(f"Nothing to rank: no cell of the benchmark has a value to rank by ({why}).")
     wanted = available if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     unknown = [m for m in wanted if m not in available]
     if unknown:
@@ -193,13 +196,15 @@ def _no_claims(board: pd.DataFrame, known: Any) -> pd.DataFrame:
     """Where a replicate has no gain over the training mean, claim none for a model.
 
     Correlations and retrieval are judged one by one. Errors are not (a replicate of half the cells has noise of its own,
-    which a shrunken prediction has not): they have nothing to predict only where no other metric has.
+    which a shrunken prediction has not): they have nothing to predict only where no other metric has, but for one in ten that
+    chance alone may clear; metrics that are undefined have no say.
     """
     for _, part in board.groupby("task"):
         nothing = part["verdict"].astype(str).str.startswith(NOTHING)
         relative = part["metric"].map(lambda m: known[m].chance is not None)
         hopeless = set(part.loc[nothing & relative, "metric"])
-        if relative.any() and hopeless >= set(part.loc[relative, "metric"]):
+        told = set(part.loc[relative & part["score"].notna(), "metric"]) - hopeless
+        if hopeless and 10 * len(told) <= len(told | hopeless):
             hopeless |= set(part["metric"])
             failed = part["verdict"].astype(str).str.startswith("failed")
             bare = part.index[~nothing & ~failed & part["score"].isna() & part["metric"].isin(hopeless)]

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .. import _keys as K
-from .._checks import listing, suggest
+from .._checks import check_seed, listing, suggest
 from .._files import written_whole
 from .._progress import progress
 from ..errors import ScpertError, SplitError
@@ -37,6 +37,8 @@ logger = logging.getLogger("scpert")
 #: Rows that are no models: what scores 0, what scores 1, and what another perturbation's replicate scores.
 BASELINE, CEILING, MISMATCHED = "training_mean", "ceiling", "mismatched"
 _FORMAT = 4
+#: Random numbers of torch and the memory in use belong to the process: its threads compute one cell after the other.
+_ALONE = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ def _constant(value: Any) -> str:
 
 def resolve_models(models: Any) -> list[ModelSpec]:
     """Models from names, ``(name, class, options)``, ``(name, class, options, train options)`` or specs."""
+    if models is None:
+        raise ScpertError("models is None: give names of scpert.model.MODELS, (name, class, options), or ModelSpecs.")
     if isinstance(models, (str, ModelSpec)) or (
         isinstance(models, tuple) and len(models) > 1 and not isinstance(models[1], (str, ModelSpec, tuple))
     ):
@@ -323,24 +327,32 @@ def _predict(model: Any, labels: Sequence[str], task: Task, seed: int, adata: An
     return model.predict_perturbation(list(labels), adata=adata, level=task.level, on_unknown="mean", random_state=seed)
 
 
-def _completed(predicted: AnnData, reference: Any) -> AnnData:
-    """A pseudobulk prediction with the training mean for what it leaves out: silence must not thin the others' competitors."""
+def _mean_of(silent: Sequence[str], reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> AnnData:
+    """What the training mean predicts of some perturbations; as cells, control cells that are moved by it."""
     from .. import metrics
 
-    if K.DELTA not in predicted.layers or predicted.obs[K.PERTURBATION].duplicated().any():
+    task = prepared.task
+    if task.level == "cell":
+        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
+        return _predict(model, silent, task, seed, controls)
+    mean = metrics.training_mean(reference)
+    return mean[mean.obs[K.PERTURBATION].astype(str).isin(silent).to_numpy()]
+
+
+def _completed(predicted: AnnData, reference: Any, prepared: Prepared, seed: int, controls: AnnData | None) -> AnnData:
+    """A prediction with the training mean for what it leaves out: silence must not thin the others' competitors."""
+    labels = predicted.obs[K.PERTURBATION].astype(str).to_numpy()
+    finite = np.isfinite(np.asarray(predicted.X.sum(axis=1))).ravel()
+    said = set(labels) - set(labels[~finite])
+    silent = [p for p in reference.perturbations if p not in said]
+    if not silent or len(silent) == len(reference.perturbations) or reference.centroid is None:
         return predicted
-    finite = np.isfinite(np.asarray(predicted.X)).all(axis=1)
-    there = set(predicted.obs[K.PERTURBATION].astype(str)[finite])
-    silent = [p for p in reference.perturbations if p not in there]
-    mean = metrics.training_mean(reference) if silent and reference.centroid is not None else None
-    if mean is None or not finite.any() or K.DELTA not in mean.layers:
-        return predicted
+    mean = _mean_of(silent, reference, prepared, seed, controls)
     if list(mean.var_names) != list(predicted.var_names):
         return predicted
     import anndata
 
-    some = mean[np.isin(mean.obs[K.PERTURBATION].astype(str), silent)]
-    out = anndata.concat([predicted[finite], some], join="inner", index_unique="-")
+    out = anndata.concat([predicted[~np.isin(labels, silent)], mean], join="inner", index_unique="-")
     out.uns.update(predicted.uns)
     return out
 
@@ -354,10 +366,8 @@ def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData |
     table = metrics.evaluate(metrics.training_mean(reference), reference, metrics=task.metrics)
     names = [m.name for m in resolve(task.metrics, ()) if "cells" in m.needs]
     if task.level == "cell" and names:
-        model = _fit(ModelSpec("PerturbedMean"), {}, task, prepared.visible.copy(), seed)
-        cells = metrics.evaluate(
-            _predict(model, reference.perturbations, task, seed, controls), reference, metrics=names
-        )
+        moved = _mean_of(reference.perturbations, reference, prepared, seed, controls)
+        cells = metrics.evaluate(moved, reference, metrics=names)
         table[cells.columns] = cells
         reasons = {k: v for k, v in table.attrs["reasons"].items() if k not in cells.columns}
         table.attrs["reasons"] = reasons | cells.attrs["reasons"]
@@ -366,7 +376,7 @@ def _baseline(reference: Any, prepared: Prepared, seed: int, controls: AnnData |
 
 def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, Any], Any, str]:
     """The best candidate by its prediction of validation perturbations; never sees a test cell."""
-    from ..metrics import METRICS, evaluate
+    from ..metrics import METRICS, by_chance, evaluate
 
     task, visible = prepared.task, prepared.visible
     split = visible.obs[task.split_key].astype(str).to_numpy()
@@ -379,10 +389,12 @@ def _choose(spec: ModelSpec, prepared: Prepared, seed: int) -> tuple[dict[str, A
     sign = 1.0 if METRICS[spec.select_by].higher_is_better else -1.0
     for options in spec.candidates():
         model = _fit(spec, options, task, visible.copy(), seed)
-        tables = [
-            evaluate(_predict(model, reference.perturbations, task, seed, base), reference, metrics=[spec.select_by])
-            for reference, base in references.values()
-        ]
+        tables = []
+        for reference, base in references.values():
+            predicted = _predict(model, reference.perturbations, task, seed, base)
+            # what a candidate does not tell counts as the mean, as in the results
+            predicted = _completed(predicted, reference, prepared, seed, base)
+            tables.append(by_chance(evaluate(predicted, reference, metrics=[spec.select_by])))
         score = sign * float(pd.concat([t[spec.select_by] for t in tables]).mean()) if tables else np.nan
         if np.isfinite(score) and (best is None or score > best[0]):
             best = (score, options, model)
@@ -404,9 +416,9 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
     tables: dict[str, pd.DataFrame] = {}
     wrong: dict[str, pd.DataFrame] = {}
     known: dict[str, str] = {}
-    start = time.perf_counter()
     group: dict[str, str] = {}
-    with _Memory() as memory:
+    with _ALONE, _Memory() as memory:
+        start = time.perf_counter()
         try:
             ready = _prepared((key, seed), _Holder(task))
             prepared, group = ready.prepared, ready.prepared.group
@@ -433,7 +445,8 @@ def run_cell(task: Task, spec: ModelSpec | str, seed: int, key: str) -> tuple[pd
                         rows: pd.DataFrame = predicted.obs.drop_duplicates(K.PERTURBATION)  # type: ignore[union-attr]
                         labels = rows[K.PERTURBATION].astype(str) + suffix
                         known |= dict(zip(labels, rows[K.STATUS].astype(str), strict=True))
-                    table = metrics.evaluate(_completed(predicted, reference), reference, metrics=task.metrics)
+                    predicted = _completed(predicted, reference, prepared, seed, base)
+                    table = metrics.evaluate(predicted, reference, metrics=task.metrics)
                 tables[suffix] = metrics.by_chance(table)
                 if table.attrs.get("mismatched"):
                     wrong[suffix] = pd.DataFrame(table.attrs["mismatched"]).reindex(columns=table.columns)
@@ -524,7 +537,8 @@ def run(
         Folder of the results.
     engine
         ``None``: one cell after the other, in this process. A Dask client: the cells are spread over its workers; the
-        numbers are the same. Results are written by the calling process, so workers need not share a file system.
+        numbers are the same. A worker computes one cell at a time, however many threads it has: for more at once, start more
+        workers. Results are written by the calling process, so workers need not share a file system.
     retry_failed
         Compute failed cells again.
 
@@ -553,9 +567,12 @@ def run(
     ['NoChange', 'ceiling', 'mismatched', 'training_mean']
     """
     task_list, specs = resolve_tasks(tasks), resolve_models(models)
-    seed_list = (
-        list(range(seeds)) if isinstance(seeds, (int, np.integer)) else list(dict.fromkeys(int(s) for s in seeds))
-    )
+    if isinstance(seeds, float):
+        raise ScpertError(f"seeds={seeds!r}: give a number of seeds, such as 3, or a list of them, such as [0, 1, 2].")
+    given = range(seeds) if isinstance(seeds, (int, np.integer)) else dict.fromkeys(seeds)
+    seed_list = [check_seed(s, "a seed of seeds") for s in given]
+    if engine is not None and not hasattr(engine, "submit"):
+        raise ScpertError(f"engine={engine!r}: give a Dask client (dask.distributed.Client()), or None.")
     if not seed_list:
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:
@@ -645,4 +662,8 @@ def costs(results: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
     """
     if isinstance(results, pd.DataFrame):
         return pd.DataFrame(results.attrs.get("costs", []))
+    if not (Path(results) / "costs.parquet").is_file():
+        raise ScpertError(
+            f"{str(results)!r} holds no results of scpert.benchmark.run (costs.parquet). Give its folder out=."
+        )
     return pd.read_parquet(Path(results) / "costs.parquet")

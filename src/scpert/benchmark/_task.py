@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from .. import _keys as K
-from .._checks import check_obs_key, check_positive, listing
+from .._checks import check_obs_key, check_whole, listing
 from ..data import canonical, parse
 from ..errors import ScpertError, SplitError
 
@@ -116,7 +117,7 @@ class Task:
                 "starts from each context's own; or call model.predict_perturbation(adata=controls) and metrics.evaluate yourself."
             )
         if self.max_train_cells is not None:
-            check_positive("max_train_cells", self.max_train_cells)
+            check_whole("max_train_cells", self.max_train_cells)
         if not self.question:
             few = self.max_train_cells is not None
             text = {
@@ -176,7 +177,7 @@ class Task:
             return anndata.read_h5ad(self.data)
         if callable(self.data):
             return self.data()
-        return self.data.copy()
+        return self.data.to_memory() if self.data.isbacked else self.data.copy()
 
 
 def fingerprint(value: Any) -> str:
@@ -212,14 +213,22 @@ def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value).tobytes() if value.dtype != object else repr(value.tolist()).encode())
+    elif sparse.issparse(value):
+        matrix = value.tocsr()
+        digest.update(f"sparse{matrix.shape}".encode())
+        _feed(digest, [matrix.data, matrix.indices, matrix.indptr])
     elif isinstance(value, Mapping):
+        digest.update(f"map{len(value)}".encode())
         for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _feed(digest, value[key])
+            digest.update(f"\0{key}\0".encode())
+            _feed(digest, value[key], seen)
     elif isinstance(value, (list, tuple)):
-        digest.update(b"list")
+        digest.update(f"list{len(value)}".encode())
         for item in value:
-            _feed(digest, item)
+            digest.update(b"\0")  # [1, 23] is not [12, 3]
+            _feed(digest, item, seen)
+    elif isinstance(value, (set, frozenset)):  # it has no order of its own
+        _feed(digest, ["set", *sorted(map(fingerprint, value))])
     elif is_dataclass(value) and not isinstance(value, type):
         digest.update(type(value).__qualname__.encode())
         _feed(digest, {f.name: getattr(value, f.name) for f in fields(value)})
@@ -235,6 +244,11 @@ def _feed(digest: Any, value: Any, seen: tuple[int, ...] = ()) -> None:
         digest.update(name.encode())
         for part in _around(value):
             _feed(digest, part, (*seen, id(value)))
+    elif hasattr(value, "__array__") and not np.isscalar(value):  # an index, a tensor: their text is cut
+        _feed(digest, np.asarray(value.detach().cpu() if hasattr(value, "detach") else value))
+    elif type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):  # its text is an address
+        digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
+        _feed(digest, vars(value), (*seen, id(value)))
     else:
         digest.update(json.dumps(value, default=repr).encode())
 
@@ -372,18 +386,29 @@ def refuse_leaks(adata: AnnData, task: Task, split: np.ndarray) -> None:
 def refuse_leaking_options(options: Mapping[str, Any], prepared: Prepared, where: str) -> None:
     """Raise if an option holds, at any depth, an AnnData with cells of test perturbations (from the test data themselves)."""
     names = set(prepared.test.obs_names.astype(str))
+    seen: dict[int, Any] = {}  # the objects are kept, so that no other one gets their id
 
     def look(key: str, value: Any) -> None:
-        if hasattr(value, "obs_names") and names & set(value.obs_names.astype(str)):
-            raise SplitError(f"{where}: the option {key!r} holds test cells of task {prepared.task.name!r}: a leak.")
-        if isinstance(value, Mapping):
+        if id(value) in seen:
+            return
+        seen[id(value)] = value
+        if hasattr(value, "obs_names"):
+            if names & set(value.obs_names.astype(str)):
+                raise SplitError(
+                    f"{where}: the option {key!r} holds test cells of task {prepared.task.name!r}: a leak."
+                )
+        elif isinstance(value, Mapping):
             for name, inner in value.items():
                 look(f"{key}.{name}", inner)
-        elif isinstance(value, list | tuple | set):
+        elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
                 look(key, inner)
         elif isinstance(value, functools.partial):
-            look(key, [*value.args, *value.keywords.values()])
+            look(key, [value.func, *value.args, *value.keywords.values()])
+        elif callable(value):
+            look(key, _around(value))
+        elif hasattr(value, "__dict__") and not hasattr(value, "__array__") and not isinstance(value, ModuleType):
+            look(key, vars(value))
 
     for key, value in options.items():
         look(str(key), value)
@@ -439,6 +464,8 @@ def resolve_tasks(tasks: Any) -> list[Task]:
         tasks = [tasks]
     elif isinstance(tasks, Mapping):
         tasks = list(tasks.values())
+    elif tasks is None or hasattr(tasks, "obs_names"):
+        raise ScpertError(f"tasks is {type(tasks).__name__}: give names of TASKS, or Task(name, data, split).")
     out = []
     for task in tasks:
         if isinstance(task, Task):

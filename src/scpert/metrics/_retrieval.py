@@ -5,7 +5,10 @@ Ties get half credit, so that a constant prediction has no luck with the order o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from scipy import sparse
 
 from ._pair import Pair
 from ._registry import Undefined, metric
@@ -42,15 +45,78 @@ def _need_two(pair: Pair) -> int:
     return len(pair.perturbations)
 
 
+#: What a distance adds up over genes.
+Term = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class _Without:
+    """Sums over the genes that perturbations target, by which sums over all genes shrink to those over the others.
+
+    All sums are ``(p, q)``: p a prediction, q an observed perturbation. Nothing is summed gene by gene for each pair, so a
+    screen of thousands of perturbations takes no more than its distances do.
+    """
+
+    def __init__(self, pair: Pair):
+        self.targets, (n, n_genes) = pair.targets, pair.delta.shape
+        rows = np.repeat(np.arange(n), [len(own) for own in self.targets])
+        genes = np.concatenate([np.zeros(0, dtype=int), *self.targets])
+        self.member = sparse.csr_matrix((np.ones(len(rows)), (rows, genes)), shape=(n, n_genes))
+        order = np.argsort(genes, kind="stable")
+        shared, start, count = np.unique(genes[order], return_index=True, return_counts=True)
+        self.shared = [
+            (g, rows[order[i : i + k]]) for g, i, k in zip(shared, start, count, strict=True) if k > 1
+        ]  # genes that several perturbations target
+
+    def of_p(self, term: Term, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Sum of ``term(a_p, b_q)`` over the targets of p."""
+        out = np.zeros((len(a), len(b)))
+        for p, own in enumerate(self.targets):
+            if len(own):
+                out[p] = term(a[p, own], b[:, own]).sum(axis=1)
+        return out
+
+    def of_either(self, term: Term, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Sum of ``term(a_p, b_q)`` over the targets of p and of q."""
+        out = self.of_p(term, a, b) + self.of_p(lambda x, y: term(y, x), b, a).T
+        for g, rows in self.shared:  # counted twice where both target it
+            out[np.ix_(rows, rows)] -= term(a[rows, g][:, None], b[rows, g][None, :])
+        return out
+
+    def of_row(self, values: np.ndarray) -> np.ndarray:
+        """Sum of the values of p ``(p, gene)`` over the targets of p and of q."""
+        own = self.member.multiply(values).tocsr()
+        both = (own @ self.member.T).toarray()
+        return (self.member @ values.T).T + np.asarray(own.sum(axis=1)).reshape(-1, 1) - both
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return x * y
+
+
+def _absolute(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(x - y)
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x - y) ** 2
+
+
+def _sums(a: np.ndarray, b: np.ndarray, kind: str) -> tuple[Term, np.ndarray]:
+    """The term of a distance and its sums over all genes: products for cosine, squares for l2."""
+    if kind == "cosine":
+        return _product, a @ b.T
+    return (_absolute, distances(a, b, "l1")) if kind == "l1" else (_square, distances(a, b, "l2") ** 2)
+
+
 def _masked_distance(pair: Pair, kind: str) -> np.ndarray:
-    """Distance (predicted p, observed q) over the genes that are not p's targets."""
-    a, b = pair.predicted_delta, pair.delta
-    out = distances(a, b, kind)
-    for p, own in enumerate(pair.targets):
-        if len(own):
-            keep = np.delete(np.arange(a.shape[1]), own)
-            out[p] = distances(a[p : p + 1, keep], b[:, keep], kind)[0]
-    return out
+    """Distance (predicted p, observed q) over the genes that are not p's targets; l2: squared."""
+    a, b, without = pair.predicted_delta, pair.delta, _Without(pair)
+    term, full = _sums(a, b, kind)
+    left = full - without.of_p(term, a, b)
+    if kind != "cosine":
+        return np.maximum(left, 0)
+    aa = (a**2).sum(axis=1) - np.asarray(without.member.multiply(a**2).sum(axis=1)).ravel()
+    return _cosine(left, aa[:, None], (b**2).sum(axis=1) - without.member @ (b**2).T)
 
 
 def _discrimination(pair: Pair, kind: str) -> np.ndarray:
@@ -98,31 +164,16 @@ def discrimination_score_cosine(pair: Pair) -> np.ndarray:
 def _pairwise_without_targets(pair: Pair, kind: str) -> np.ndarray:
     """Share of q that p's prediction beats, comparing each p and q over the genes that neither targets."""
     n = _need_two(pair)
-    a, b = pair.predicted_delta, pair.delta
+    a, b, without = pair.predicted_delta, pair.delta, _Without(pair)
+    term, full = _sums(a, b, kind)
+    other = full - without.of_either(term, a, b)
+    own = np.diag(full)[:, None] - without.of_row(term(a, b))
     if kind == "cosine":
-        dot, bb, aa = a @ b.T, (b**2).sum(axis=1), (a**2).sum(axis=1)
+        aa = (a**2).sum(axis=1)[:, None] - without.of_row(a**2)
+        bb = (b**2).sum(axis=1)[:, None] - without.of_row(b**2)
+        wins = _beats(_cosine(own, aa, bb), _cosine(other, aa, bb.T))
     else:
-        full = distances(a, b, "l1") if kind == "l1" else distances(a, b, "l2") ** 2
-    all_targets = np.unique(np.concatenate(pair.targets)) if any(len(t) for t in pair.targets) else np.zeros(0, int)
-    column = {g: i for i, g in enumerate(all_targets)}
-    of_q = np.zeros((n, len(all_targets)), dtype=bool)
-    for q in range(n):
-        of_q[q, [column[g] for g in pair.targets[q]]] = True
-    wins = np.zeros((n, n))
-    for p in range(n):
-        drop = of_q | of_q[p]  # genes left out of the comparison of p with q
-        ap, bp, bq = a[p, all_targets], b[p, all_targets], b[:, all_targets]
-        if kind == "cosine":
-            na = aa[p] - np.where(drop, ap**2, 0).sum(axis=1)
-            nq = bb - np.where(drop, bq**2, 0).sum(axis=1)
-            np_ = bb[p] - np.where(drop, bp**2, 0).sum(axis=1)
-            other = _cosine(dot[p] - np.where(drop, ap * bq, 0).sum(axis=1), na, nq)
-            own = _cosine(dot[p, p] - np.where(drop, ap * bp, 0).sum(axis=1), na, np_)
-        else:
-            power = 1 if kind == "l1" else 2
-            other = np.maximum(full[p] - np.where(drop, np.abs(ap - bq) ** power, 0).sum(axis=1), 0)
-            own = np.maximum(full[p, p] - np.where(drop, np.abs(ap - bp) ** power, 0).sum(axis=1), 0)
-        wins[p] = _beats(own, other)
+        wins = _beats(np.maximum(own, 0), np.maximum(other, 0))
     np.fill_diagonal(wins, 0.0)
     return wins.sum(axis=1) / (n - 1)
 

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse, stats
 
 from .. import _keys as K
-from .._checks import check_choice, check_fraction, check_positive, check_seed, listing
+from .._checks import check_choice, check_fraction, check_seed, check_whole, listing
 from .._docs import shared_docs
 from .._progress import progress
 from ..data._effects import Effects
@@ -172,7 +172,7 @@ def ceiling(
     ['pearson_delta']
     """
     random_state = check_seed(random_state)
-    check_positive("n_draws", n_draws)
+    n_draws = check_whole("n_draws", n_draws)
     check_choice("kind", kind, ("split_half", "interpolated"))
     if isinstance(observed, Reference):
         reference = observed
@@ -205,14 +205,14 @@ def ceiling(
     usable = list(labels) if noise is not None else [p for p in labels if len(reference.rows[p]) >= 2]
     if not usable:
         return _empty(labels, names, "fewer than two cells in each perturbation: they cannot be halved")
-    generators = np.random.default_rng(random_state).spawn(int(n_draws))
+    generators = np.random.default_rng(random_state).spawn(n_draws)
     total: pd.DataFrame | None = None
     count: pd.DataFrame | None = None
     own: list[pd.DataFrame] = []
     wrong: list[pd.DataFrame] = []
     reasons: dict[str, dict[str, str]] = {}
     needs_cells = any("cells" in METRICS[n].needs for n in names)
-    for rng in progress(generators, total=int(n_draws), description="Ceiling", unit="draw"):
+    for rng in progress(generators, total=n_draws, description="Ceiling", unit="draw"):
         half = _halve(reference, usable, rng) if noise is None else _thinned(reference, noise, rng)
         table = half.scores(kind, names)
         if len(usable) > 1:
@@ -233,7 +233,7 @@ def ceiling(
             reasons.setdefault(name, {})[label] = "fewer than two cells: they cannot be halved"
     out.attrs = {
         "reasons": reasons,
-        "n_draws": int(n_draws),
+        "n_draws": n_draws,
         "kind": kind,
         "level": "cell" if needs_cells else "pseudobulk",
     }
@@ -463,25 +463,28 @@ def _snap(difference: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return np.where(np.abs(difference) <= 1e-6 * np.abs(scale) + 1e-7, 0.0, difference)
 
 
+def _clusters(rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None) -> np.ndarray:
+    """Cluster of each perturbation, codes from 0; one that has none (or NaN) is a cluster of its own."""
+    lookup = (
+        {} if clusters is None else {p: c for p, c in clusters.items() if not pd.api.types.is_scalar(c) or pd.notna(c)}
+    )
+    codes: np.ndarray = np.unique([str(lookup.get(p, f"\0{p}")) for p in rows], return_inverse=True)[1].reshape(-1)
+    return codes
+
+
 def _resampler(
     rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None, n_boot: int, seed: int
 ) -> np.ndarray:
     """Weights ``(n_boot, n)``: how often each perturbation is drawn; whole clusters are drawn together."""
     rng = np.random.default_rng(seed)
-    names = np.asarray(rows, dtype=object)
-    if clusters is None:
-        groups = np.arange(len(names))
-    else:
-        lookup = dict(clusters.items())
-        _, groups = np.unique([str(lookup.get(p, f"\0{p}")) for p in names], return_inverse=True)
+    groups = np.arange(len(rows)) if clusters is None else _clusters(rows, clusters)
     k = int(groups.max()) + 1
     draws = rng.multinomial(k, np.full(k, 1.0 / k), size=n_boot)
     return draws[:, groups].astype(float)
 
 
 def _n_clusters(rows: Sequence[str] | np.ndarray, clusters: Mapping[str, str] | pd.Series | None) -> int:
-    lookup = {} if clusters is None else dict(clusters.items())
-    return len({str(lookup.get(p, f"\0{p}")) for p in rows})
+    return int(_clusters(rows, clusters).max(initial=-1)) + 1
 
 
 def _stretched(boot: np.ndarray, estimate: float, k: int, percent: float = 2.5) -> np.ndarray:
@@ -531,7 +534,7 @@ def summarise(
     metrics
         By default all that the three tables share.
     clusters
-        Perturbation -> cluster (a complex): whole clusters are resampled together.
+        Perturbation -> cluster (a complex): whole clusters are resampled together; a perturbation without one (NaN) is one of its own.
     n_boot, confidence, random_state
         Bootstrap over perturbations. With fewer than eight limits are wider, by Student's t.
 
@@ -552,7 +555,7 @@ def summarise(
     1.0
     """
     random_state = check_seed(random_state)
-    check_positive("n_boot", n_boot)
+    n_boot = check_whole("n_boot", n_boot)
     check_fraction("confidence", confidence)
     rows, names = _shared({"table": table, "baseline": baseline, "ceiling": ceiling}, metrics)
     tail = 100 * (1 - confidence) / 2
@@ -714,7 +717,7 @@ def compare(
     0.0
     """
     random_state = check_seed(random_state)
-    check_positive("n_boot", n_boot)
+    n_boot = check_whole("n_boot", n_boot)
     check_fraction("confidence", confidence)
     rows, names = _shared({"a": a, "b": b}, metrics)
     tail = 100 * (1 - confidence) / 2
@@ -785,6 +788,7 @@ def dynamic_range(
     ['mse']
     """
     random_state = check_seed(random_state)
+    n_boot = check_whole("n_boot", n_boot)
     rows, names = _shared({"baseline": baseline, "ceiling": ceiling}, metrics)
     out = []
     for name in names:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 
 from .. import _keys as K
 from .._checks import check_choice, check_net, check_positive, check_whole, listing
@@ -42,9 +43,13 @@ class TargetwiseModel(ClosedFormModel):
 
     def _status(self, targets: tuple[str, ...]) -> str | None:
         status = super()._status(targets)
-        if status == K.FALLBACK and len(targets) > 1:  # the mean stands in for some target, the others are known
-            known = [t for t in targets if self._covers(t)]
-            return (K.COMBINATION if len(known) == len(targets) else K.UNSEEN) if known else K.FALLBACK
+        if status not in (K.FALLBACK, K.COMBINATION) or len(targets) < 2:
+            return status
+        known = [t for t in targets if self._covers(t)]
+        if not known:  # trained in other combinations only, or not at all: the mean once, not for each target
+            return K.FALLBACK
+        if status == K.FALLBACK:  # the mean stands in for some target
+            return K.COMBINATION if len(known) == len(targets) else K.UNSEEN
         return status
 
     def _shifts(self, targets: list[tuple[str, ...]]) -> dict[str, np.ndarray]:
@@ -232,9 +237,16 @@ class KnowledgeModel(TargetwiseModel):
         """The tables that know at least two of the single training perturbations."""
         return usable(self._features, sorted(self.effects_.singles), type(self).__name__)
 
+    @cached_property
+    def _of_singles(self) -> list[sparse.csr_matrix]:
+        """Features of the single training perturbations by each of these tables, ``(feature, single)``."""
+        singles = sorted(self.effects_.singles)
+        return [f.rows(singles).T.tocsr() for f in self._used.values()]
+
     def _learn_reference(self, random_state: int = 0) -> None:
         super()._learn_reference(random_state)
         self.__dict__.pop("_used", None)
+        self.__dict__.pop("_of_singles", None)
 
     def _graph_targets(self) -> frozenset[str]:
         return frozenset().union(*(f.known for f in self._features.values())) if self._features else frozenset()
@@ -307,7 +319,9 @@ class KNN(KnowledgeModel):
 
     def _similarity(self, targets: list[str]) -> tuple[np.ndarray, list[str]]:
         singles = sorted(self.effects_.singles)
-        total = sum((f.kernel(targets, singles) for f in self._used.values()), np.zeros((len(targets), len(singles))))
+        total = np.zeros((len(targets), len(singles)))
+        for f, known in zip(self._used.values(), self._of_singles, strict=True):
+            total += np.clip((f.rows(targets) @ known).toarray(), -1.0, 1.0)
         return total / max(len(self._used), 1), singles
 
     def _informed(self, target: str) -> bool:
