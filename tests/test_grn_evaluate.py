@@ -405,3 +405,18 @@ def test_cells_judge_the_network_of_a_table_of_effects(halves):
     )
     same = ["n_positives", "n_candidates", "causalbench_mean_wasserstein", "mean_wasserstein"]
     pd.testing.assert_frame_equal(found.loc[["effect_size"], same], expected.loc[["effect_size"], same])
+
+
+def test_tables_of_effects_remember_their_cells(halves, tmp_path):
+    train, test = halves
+    effects, held_out = scpert.tl.perturbation_effects(train), scpert.tl.perturbation_effects(test)
+    cells = train.copy()
+    for adata in (effects, cells):
+        scpert.tl.infer_grn(adata)
+    effects.write_h5ad(tmp_path / "a.h5ad")
+    for adata in (cells, effects, ad.read_h5ad(tmp_path / "a.h5ad")):
+        for observed in (train, scpert.tl.perturbation_effects(train)):
+            with pytest.raises(ScpertError, match=f"{train.n_obs} of {train.n_obs} cells of observed were used"):
+                scpert.tl.evaluate_grn(adata, observed=observed, k=(5,))
+        table = scpert.tl.evaluate_grn(adata, observed=held_out, k=(5,))
+        assert set(table["network"]) == {"grn", "effect_size", "zscore", "correlation", "random"}

@@ -252,10 +252,11 @@ def _held_out(
     missing = adata.var_names.difference(observed.var_names)
     if len(missing) == adata.n_vars:
         raise ScpertError(f"observed has none of the genes of adata ({listing(adata.var_names[:4])}).")
-    seen = np.isin(cell_hashes(observed.obs_names), used)
+    cells = observed.uns.get("effects", {}).get("cells")  # those behind a table of effects
+    seen = np.isin(cell_hashes(observed.obs_names) if cells is None else cells, used)
     if seen.any() and not allow_same_cells:
         raise ScpertError(
-            f"{int(seen.sum())} of {observed.n_obs} cells of observed were used to infer {key!r}, by their names: the network "
+            f"{int(seen.sum())} of {len(seen)} cells of observed were used to infer {key!r}, by their names: the network "
             "would be judged on what it has seen. Pass other cells, give cells of another data set names of their own "
             "(obs_names), or allow_same_cells=True for an upper bound."
         )
