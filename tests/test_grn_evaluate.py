@@ -420,3 +420,16 @@ def test_tables_of_effects_remember_their_cells(halves, tmp_path):
                 scpert.tl.evaluate_grn(adata, observed=observed, k=(5,))
         table = scpert.tl.evaluate_grn(adata, observed=held_out, k=(5,))
         assert set(table["network"]) == {"grn", "effect_size", "zscore", "correlation", "random"}
+
+
+def test_genes_that_only_the_held_out_cells_have_are_no_candidates(halves):
+    train, test = (half.copy() for half in halves)
+    for adata in (train, test):
+        adata.obs["size"] = np.asarray(adata.X.sum(axis=1)).ravel()
+    few = train[:, ::2].copy()
+    scpert.tl.infer_grn(few, library_size_key="size")
+    tables = [
+        scpert.tl.evaluate_grn(few, observed=observed, k=(20,), composition=False)
+        for observed in (test, test[:, ::2].copy())
+    ]
+    pd.testing.assert_frame_equal(*tables)

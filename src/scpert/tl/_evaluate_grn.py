@@ -75,9 +75,9 @@ def evaluate_grn(
 ) -> pd.DataFrame:
     r"""Judge a network on held-out interventions and against a reference net, at equal numbers of edges.
 
-    **Interventions** (cells that the inference did not use). For every perturbed regulator :math:`i` and measured gene
-    :math:`j \ne i` (its own knock-down is no edge) a Mann-Whitney test of :math:`x_j` under :math:`i` against the
-    controls, within the strata of ``covariate_keys``; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
+    **Interventions** (cells that the inference did not use). For every perturbed regulator :math:`i` and each gene
+    :math:`j \ne i` that is measured in both data sets (its own knock-down is no edge) a Mann-Whitney test of :math:`x_j`
+    under :math:`i` against the controls, within the strata of ``covariate_keys``; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
     strongest edges and :math:`C` all candidate pairs
 
     * ``precision``: share of positives in :math:`E`; ``recall``: share of the positives that is in :math:`E`;
@@ -196,7 +196,7 @@ def evaluate_grn(
         apart = {str(x) for x in np.atleast_1d(parameters.get("observational", []))}
         if apart and labels is not None and labels.astype(str).isin(apart).any():
             observed = observed[~labels.astype(str).isin(apart).to_numpy()]
-        judges.append(_judge_interventions(observed, arguments, keys, fdr, n_cells, composition, rng))
+        judges.append(_judge_interventions(observed, adata.var_names, arguments, keys, fdr, n_cells, composition, rng))
     baselines = _baselines(adata, own, training, parameters)
     if reference is not None:
         judges.append(_judge_reference(reference, net, baselines, adata, training))
@@ -274,6 +274,7 @@ def _has_controls(adata: AnnData, arguments: dict[str, Any]) -> bool:
 
 def _judge_interventions(
     observed: AnnData,
+    known: pd.Index,
     arguments: dict[str, Any],
     keys: list[str],
     fdr: float,
@@ -330,6 +331,7 @@ def _judge_interventions(
     measured = np.flatnonzero(position >= 0)
     candidate = np.ones((len(regulators), len(genes)), dtype=bool)
     candidate[measured, position[measured]] = False
+    candidate[:, ~genes.isin(known)] = False  # no network of adata has an edge to these
     tested = np.where(candidate, pvals, np.nan)
     return Judge(
         "interventions",
