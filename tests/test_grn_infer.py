@@ -566,6 +566,17 @@ def test_a_lone_cell_is_no_evidence(n_strata):
     assert edges == 0
 
 
+def test_the_order_of_many_controls_does_not_matter():
+    """The common factor was measured in 2,000 of the controls, drawn by their place."""
+    adata = scpert.datasets.simulated(n_cells=5000, n_genes=40, n_targets=3, n_combinations=0, random_state=0)
+    adata.obs["perturbation"] = np.where(
+        np.arange(adata.n_obs) < 4000, "control", adata.obs["perturbation"].astype(str)
+    )
+    expected = scpert.tl.infer_grn(adata, threshold=0, copy=True).varp["grn"].toarray()
+    found = scpert.tl.infer_grn(adata[::-1].copy(), threshold=0, copy=True).varp["grn"].toarray()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_effects_are_taken_as_they_are():
     """A chain A -> B -> C without noise: what is already relative to control has nothing to be subtracted from."""
     genes = ["A", "B", "C"]
