@@ -364,3 +364,72 @@ def test_stability_of_what_cannot_vary_is_refused():
         scpert.tl.grn_stability(effects, scale="effects")
     with pytest.raises(ScpertError, match="has one network"):
         scpert.tl.grn_stability(adata, model=Net(adata.uns["truth"]["net"]))
+
+
+@pytest.mark.parametrize("form", ["control", "layer", "library_size_key", "scale", "no layer"])
+def test_held_out_cells_are_read_by_what_is_said_of_them(halves, form):
+    """And the cells of the inference, for the baselines, as the inference read them."""
+    train, test = (half.copy() for half in halves)
+    options: dict[str, str] = {}
+    if form == "control":
+        test.obs["perturbation"] = test.obs["perturbation"].astype(str).replace("control", "NT")
+        options = {"control": "NT"}
+    elif form == "layer":
+        test.layers["raw"], test.X = test.X.copy(), test.X.log1p()
+        options = {"layer": "raw"}
+    elif form == "library_size_key":
+        test.obs["size"] = np.asarray(test.X.sum(axis=1)).ravel()
+        options = {"library_size_key": "size"}
+    elif form == "scale":
+        counts = test.X.toarray()
+        test.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+        options = {"scale": "log1p"}
+    else:
+        train.layers["raw"], train.X = train.X.copy(), train.X.log1p()
+    scpert.tl.infer_grn(train, layer="raw" if form == "no layer" else None)
+    found = scpert.tl.evaluate_grn(train, observed=test, k=(20,), **options)
+    plain = halves[0].copy()
+    scpert.tl.infer_grn(plain)
+    expected = scpert.tl.evaluate_grn(plain, observed=halves[1], k=(20,))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-4)
+
+
+def test_cells_judge_the_network_of_a_table_of_effects(halves):
+    """Counts were taken for effects, as the table of the inference holds effects."""
+    train, test = halves
+    effects, cells = scpert.tl.perturbation_effects(train), train.copy()
+    for adata in (effects, cells):
+        scpert.tl.infer_grn(adata, n_edges=20)
+    found, expected = (
+        scpert.tl.evaluate_grn(adata, observed=test, k=(20,)).set_index("network") for adata in (effects, cells)
+    )
+    same = ["n_positives", "n_candidates", "causalbench_mean_wasserstein", "mean_wasserstein"]
+    pd.testing.assert_frame_equal(found.loc[["effect_size"], same], expected.loc[["effect_size"], same])
+
+
+def test_tables_of_effects_remember_their_cells(halves, tmp_path):
+    train, test = halves
+    effects, held_out = scpert.tl.perturbation_effects(train), scpert.tl.perturbation_effects(test)
+    cells = train.copy()
+    for adata in (effects, cells):
+        scpert.tl.infer_grn(adata)
+    effects.write_h5ad(tmp_path / "a.h5ad")
+    for adata in (cells, effects, ad.read_h5ad(tmp_path / "a.h5ad")):
+        for observed in (train, scpert.tl.perturbation_effects(train)):
+            with pytest.raises(ScpertError, match=f"{train.n_obs} of {train.n_obs} cells of observed were used"):
+                scpert.tl.evaluate_grn(adata, observed=observed, k=(5,))
+        table = scpert.tl.evaluate_grn(adata, observed=held_out, k=(5,))
+        assert set(table["network"]) == {"grn", "effect_size", "zscore", "correlation", "random"}
+
+
+def test_genes_that_only_the_held_out_cells_have_are_no_candidates(halves):
+    train, test = (half.copy() for half in halves)
+    for adata in (train, test):
+        adata.obs["size"] = np.asarray(adata.X.sum(axis=1)).ravel()
+    few = train[:, ::2].copy()
+    scpert.tl.infer_grn(few, library_size_key="size")
+    tables = [
+        scpert.tl.evaluate_grn(few, observed=observed, k=(20,), composition=False)
+        for observed in (test, test[:, ::2].copy())
+    ]
+    pd.testing.assert_frame_equal(*tables)

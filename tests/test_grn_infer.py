@@ -547,6 +547,36 @@ def test_error_rate_with_few_controls():
     assert found >= 5 and false <= 0.1 * found
 
 
+@pytest.mark.parametrize("n_strata", [1, 3])
+def test_a_lone_cell_is_no_evidence(n_strata):
+    """One cell, or one in each stratum, was held against a normal distribution: 10 to 20 edges in screens without any effect."""
+    rng = np.random.default_rng(0)
+    mean = rng.gamma(1.0, 1.0, 80) * 10
+    labels = ["control"] * 150 + [f"G{i}" for i in range(20) for _ in range(n_strata)]
+    edges = 0
+    for _ in range(3):
+        adata = ad.AnnData(rng.negative_binomial(2, 2 / (2 + mean), (len(labels), 80)).astype(np.float32))
+        adata.var_names = [f"G{i}" for i in range(80)]
+        adata.obs = pd.DataFrame(
+            {"perturbation": labels, "batch": (np.arange(len(labels)) % n_strata).astype(str)},
+            index=[f"c{i}" for i in range(len(labels))],
+        )
+        scpert.tl.infer_grn(adata, covariate_keys="batch" if n_strata > 1 else None)
+        edges += adata.varp["grn"].nnz
+    assert edges == 0
+
+
+def test_the_order_of_many_controls_does_not_matter():
+    """The common factor was measured in 2,000 of the controls, drawn by their place."""
+    adata = scpert.datasets.simulated(n_cells=5000, n_genes=40, n_targets=3, n_combinations=0, random_state=0)
+    adata.obs["perturbation"] = np.where(
+        np.arange(adata.n_obs) < 4000, "control", adata.obs["perturbation"].astype(str)
+    )
+    expected = scpert.tl.infer_grn(adata, threshold=0, copy=True).varp["grn"].toarray()
+    found = scpert.tl.infer_grn(adata[::-1].copy(), threshold=0, copy=True).varp["grn"].toarray()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_effects_are_taken_as_they_are():
     """A chain A -> B -> C without noise: what is already relative to control has nothing to be subtracted from."""
     genes = ["A", "B", "C"]

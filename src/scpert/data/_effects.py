@@ -447,7 +447,8 @@ def effects_in_strata(
             if cautious:
                 beside = np.fmax(beside, pooled * n / moments.n[c][:, None])
                 pooled = np.fmax(pooled, weight @ moments.var[c] / n)
-                freedom_own = dof if dof > 0 else max(int((moments.n[c] - 1).sum()), 1)
+                # the controls lend their variance to a lone cell, but its mean is no more normal for that
+                freedom_own = dof if dof > 0 else max(int(n) - 1, 1)
             parts = weight[:, None] ** 2 * beside
             variance = pooled + parts.sum(axis=0)
             error[p - 1] = np.sqrt(variance)

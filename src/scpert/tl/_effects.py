@@ -15,7 +15,7 @@ from .._docs import shared_docs
 from .._progress import progress
 from ..data import Screen, parse
 from ..data._effects import effects_in_strata, need_controls, std_errors_of, strata_of
-from ..data._screen import CHUNK_ROWS
+from ..data._screen import CHUNK_ROWS, cell_hashes
 from ..errors import ScpertError
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def perturbation_effects(
         (Benjamini-Hochberg over the whole screen: all perturbations and genes at once); obs ``perturbation``,
         ``n_cells``, ``on_target`` (shift of the target itself, mean over targets, NaN if not measured),
         ``n_significant`` (genes with ``pvals_adj`` at most 0.05); var ``control_mean``; ``uns["effects"]``
-        says how they were made. A perturbation with one cell has a shift but NaN statistics (a log line says
-        so), as has a gene that is constant in both groups at different values.
+        says how they were made, and of which cells (hashes of their names). A perturbation with one cell has a shift
+        but NaN statistics (a log line says so), as has a gene that is constant in both groups at different values.
 
     Raises
     ------
@@ -205,6 +205,8 @@ def perturbation_effects(
         "covariate_keys": np.asarray(keys, dtype=object).astype(str),
         "n_control": int(screen.is_control.sum()),
     }
+    if screen.scale != K.SCALE_EFFECTS:
+        out.uns["effects"]["cells"] = cell_hashes(adata.obs_names)
     return out
 
 

@@ -75,9 +75,9 @@ def evaluate_grn(
 ) -> pd.DataFrame:
     r"""Judge a network on held-out interventions and against a reference net, at equal numbers of edges.
 
-    **Interventions** (cells that the inference did not use). For every perturbed regulator :math:`i` and measured gene
-    :math:`j \ne i` (its own knock-down is no edge) a Mann-Whitney test of :math:`x_j` under :math:`i` against the
-    controls, within the strata of ``covariate_keys``; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
+    **Interventions** (cells that the inference did not use). For every perturbed regulator :math:`i` and each gene
+    :math:`j \ne i` that is measured in both data sets (its own knock-down is no edge) a Mann-Whitney test of :math:`x_j`
+    under :math:`i` against the controls, within the strata of ``covariate_keys``; a pair is positive at a Benjamini-Hochberg rate of ``fdr`` over all pairs. With :math:`E` the ``k``
     strongest edges and :math:`C` all candidate pairs
 
     * ``precision``: share of positives in :math:`E`; ``recall``: share of the positives that is in :math:`E`;
@@ -107,7 +107,7 @@ def evaluate_grn(
     k
         Numbers of edges; a network with fewer counts with all it has, and the baselines with as many.
     perturbation_key, control, layer, scale, library_size_key
-        Of ``observed``; by default as in the inference.
+        Of ``observed``; by default as in the inference. The cells of the inference are read as the inference read them.
     covariate_keys
         Columns of ``observed`` (batch, donor ...) within which cells are compared with controls; by default those of the
         inference, ``[]`` for none. The tests are van Elteren's, the distances the mean of the strata's, by the cells of the
@@ -166,22 +166,28 @@ def evaluate_grn(
     if n_permutations != 0:
         check_whole("n_permutations", n_permutations)
     parameters = notes["parameters"]
-    if (
-        scale == K.SCALE_AUTO and parameters["scale"] == K.SCALE_EFFECTS
-    ):  # what a table of effects is like cannot be seen
-        scale = K.SCALE_EFFECTS
-    arguments = {
-        "perturbation_key": perturbation_key or str(parameters["perturbation_key"]),
-        "control": control or str(parameters["control"]),
-        "layer": layer or str(parameters["layer"]) or None,
-        "scale": scale,
-        "library_size_key": library_size_key or str(parameters["library_size_key"]) or None,
-    }
     keys = parameters["covariate_keys"] if covariate_keys is None else np.atleast_1d(np.asarray(covariate_keys))
     keys = [str(key) for key in np.atleast_1d(keys)]
     used = np.asarray(notes["cells"], dtype=np.uint64)
     own = np.isin(pd.util.hash_array(adata.obs_names.to_numpy(dtype=object)), used)
     observed = _held_out(adata, observed, own, used, reference, allow_same_cells, key)
+    inferred = {name: str(parameters[name]) for name in ("perturbation_key", "control", "layer", "library_size_key")}
+    arguments: dict[str, Any] = {
+        "perturbation_key": perturbation_key or inferred["perturbation_key"],
+        "control": control or inferred["control"],
+        "layer": layer or inferred["layer"] or None,
+        "scale": scale,
+        "library_size_key": library_size_key or inferred["library_size_key"] or None,
+    }
+    # the cells of the inference are read as it read them (a model's network may have been read out without them)
+    known = inferred["perturbation_key"] in adata.obs
+    training = {name: value or None for name, value in inferred.items()} if known else arguments
+    training = {**training, "scale": parameters["scale"] if parameters["scale"] in K.SCALES else scale}
+    if observed is not None:
+        if layer is None and arguments["layer"] not in observed.layers:
+            arguments["layer"] = None
+        if scale == K.SCALE_AUTO and parameters["scale"] == K.SCALE_EFFECTS and not _has_controls(observed, arguments):
+            arguments["scale"] = K.SCALE_EFFECTS  # what a table of effects is like cannot be seen
     rng = np.random.default_rng(random_state)
 
     judges = []
@@ -190,10 +196,10 @@ def evaluate_grn(
         apart = {str(x) for x in np.atleast_1d(parameters.get("observational", []))}
         if apart and labels is not None and labels.astype(str).isin(apart).any():
             observed = observed[~labels.astype(str).isin(apart).to_numpy()]
-        judges.append(_judge_interventions(observed, arguments, keys, fdr, n_cells, composition, rng))
-    baselines = _baselines(adata, own, arguments, parameters)
+        judges.append(_judge_interventions(observed, adata.var_names, arguments, keys, fdr, n_cells, composition, rng))
+    baselines = _baselines(adata, own, training, parameters)
     if reference is not None:
-        judges.append(_judge_reference(reference, net, baselines, adata, arguments))
+        judges.append(_judge_reference(reference, net, baselines, adata, training))
 
     rows: list[dict[str, Any]] = []
     for judge in judges:
@@ -246,14 +252,21 @@ def _held_out(
     missing = adata.var_names.difference(observed.var_names)
     if len(missing) == adata.n_vars:
         raise ScpertError(f"observed has none of the genes of adata ({listing(adata.var_names[:4])}).")
-    seen = np.isin(cell_hashes(observed.obs_names), used)
+    cells = observed.uns.get("effects", {}).get("cells")  # those behind a table of effects
+    seen = np.isin(cell_hashes(observed.obs_names) if cells is None else cells, used)
     if seen.any() and not allow_same_cells:
         raise ScpertError(
-            f"{int(seen.sum())} of {observed.n_obs} cells of observed were used to infer {key!r}, by their names: the network "
+            f"{int(seen.sum())} of {len(seen)} cells of observed were used to infer {key!r}, by their names: the network "
             "would be judged on what it has seen. Pass other cells, give cells of another data set names of their own "
             "(obs_names), or allow_same_cells=True for an upper bound."
         )
     return observed
+
+
+def _has_controls(adata: AnnData, arguments: dict[str, Any]) -> bool:
+    """Whether more than one row is a control, as in cells; a table of effects has none, or its zero row."""
+    labels = adata.obs.get(arguments["perturbation_key"])
+    return labels is not None and int((labels.astype(str) == arguments["control"]).sum()) > 1
 
 
 # ---------------------------------------------------------------------------------------------- what is true
@@ -261,6 +274,7 @@ def _held_out(
 
 def _judge_interventions(
     observed: AnnData,
+    known: pd.Index,
     arguments: dict[str, Any],
     keys: list[str],
     fdr: float,
@@ -319,6 +333,7 @@ def _judge_interventions(
     measured = np.flatnonzero(position >= 0)
     candidate = np.ones((len(regulators), len(genes)), dtype=bool)
     candidate[measured, position[measured]] = False
+    candidate[:, ~genes.isin(known)] = False  # no network of adata has an edge to these
     tested = np.where(candidate, pvals, np.nan)
     return Judge(
         "interventions",
@@ -434,9 +449,7 @@ def _baselines(
         return {}
     train = adata if own.all() else adata[own]
     keys = [str(c) for c in np.atleast_1d(parameters["covariate_keys"])] or None
-    scale = arguments["scale"] if arguments["scale"] != K.SCALE_AUTO else str(parameters["scale"])
-    scale = scale if scale in K.SCALES else K.SCALE_AUTO
-    effects = perturbation_effects(train, **{**arguments, "scale": scale}, covariate_keys=keys)
+    effects = perturbation_effects(train, **arguments, covariate_keys=keys)
     apart = {str(x) for x in np.atleast_1d(parameters.get("observational", []))}  # samples, no perturbations
     single = [len(parse(p, arguments["control"])) == 1 and p not in apart for p in effects.obs_names]
     effects = effects[np.asarray(single)]
@@ -454,7 +467,7 @@ def _baselines(
     out = {"effect_size": ranked(sign * shift), "zscore": ranked(sign * np.asarray(effects.layers[K.ZSCORE]))}
     measured = [p for p in effects.obs_names if p in set(adata.var_names)]
     if measured:
-        options: dict[str, Any] = {**arguments, "scale": scale, "threshold": 0, "copy": True}
+        options: dict[str, Any] = {**arguments, "threshold": 0, "copy": True}
         name = "baseline_correlation"  # not the key of the network, which would be said to be overwritten
         correlated: Any = infer_grn(
             train, method="correlation", regulators=measured, key_added=name, covariate_keys=keys, **options

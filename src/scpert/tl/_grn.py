@@ -318,6 +318,8 @@ def infer_grn(
             options=options,
         )
         found_scale = problem.screen.scale
+        if found_scale == K.SCALE_EFFECTS and "cells" in adata.uns.get("effects", {}):  # those behind the table
+            seen = np.union1d(seen, adata.uns["effects"]["cells"])
         scores = _run(method, problem)
         notes = scores.notes
         source, target, weight, columns = _edges(problem, scores, n_edges, threshold)

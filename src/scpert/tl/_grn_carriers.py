@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import sparse
 
 from .. import _keys as K
+from ..data._effects import _STRATA_BYTES
 
 if TYPE_CHECKING:
     from ..data import Screen
@@ -152,34 +153,47 @@ def weighted_effects(
     .. math:: d_i = \frac{\sum_c w_c x_c}{\sum_c w_c} - \sum_s \omega_{is} m_{cs}, \qquad
         s_i^2 = v_i \frac{\sum_c w_c^2}{(\sum_c w_c)^2} + \sum_s \omega_{is}^2 \frac{v_{cs}}{n_{cs}}
 
-    with the share :math:`\omega_{is}` of the weights in stratum :math:`s`; the weighted variance :math:`v_i` counts at least as
-    much as that of the controls, and theirs at least as much as :math:`v_i`.
+    with the share :math:`\omega_{is}` of the weights in stratum :math:`s`; the weighted variance :math:`v_i` within strata counts at
+    least as much as that of the controls, and theirs at least as much as :math:`v_i`.
 
     Returns
     -------
     shift and standard error, float32 ``(regulator, gene)``, and mean weight ``(regulator,)``.
     """
+    n_strata, n, n_genes = int(strata.max()) + 1, len(regulators), len(screen.genes)
+    some = max(1, _STRATA_BYTES // (16 * n_strata * n_genes))
+    if n_strata > 1 and n > some:  # a pass for each block of regulators, in place of all sums at once
+        blocks = [weighted_effects(screen, regulators[i : i + some], weight, strata) for i in range(0, n, some)]
+        shift, error, share = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        return shift, error, share
     code = pd.Index(regulators).get_indexer(pd.Index(screen.labels))
-    n_strata, n = int(strata.max()) + 1, len(regulators)
     # the controls of each stratum behind the regulators
     group = np.where(screen.is_control, n + strata, code)
     used = group >= 0
-    sums = np.zeros((n + n_strata, len(screen.genes)))
-    squares = np.zeros_like(sums)
+    part = np.where(screen.is_control, n, code) * n_strata + strata
+    sums = np.zeros(((n + 1) * n_strata, n_genes))  # of each regulator, and of the controls, in each stratum
+    squares = np.zeros((n + n_strata, n_genes))
     for where, block in screen.chunks():
         rows = np.arange(screen.n_cells)[where]
         mine = np.flatnonzero(used[rows])
-        member = sparse.csr_matrix((weight[rows[mine]], (group[rows[mine]], mine)), shape=(len(sums), len(rows)))
-        sums += (member @ block).toarray()
-        block = block.copy()
-        block.data = block.data.astype(np.float64) ** 2
-        squares += (member @ block).toarray()
-    within = np.zeros((len(sums), n_strata))
+        square = block.copy()
+        square.data = square.data.astype(np.float64) ** 2
+        for out, index, values in ((sums, part, block), (squares, group, square)):
+            member = sparse.csr_matrix((weight[rows[mine]], (index[rows[mine]], mine)), shape=(len(out), len(rows)))
+            out += (member @ values).toarray()
+    within = np.zeros((len(squares), n_strata))
     np.add.at(within, (group[used], strata[used]), weight[used])
-    power = np.bincount(group[used], weight[used] ** 2, minlength=len(sums))
+    power = np.bincount(group[used], weight[used] ** 2, minlength=len(squares))
     all_weights = within.sum(axis=1)
-    mean = sums / np.maximum(all_weights, 1e-12)[:, None]
-    variance = np.maximum(squares / np.maximum(all_weights, 1e-12)[:, None] - mean**2, 0.0)
+    mean = np.concatenate([sums[: n * n_strata].reshape(n, n_strata, n_genes).sum(axis=1), sums[n * n_strata :]])
+    mean /= np.maximum(all_weights, 1e-12)[:, None]
+    squares /= np.maximum(all_weights, 1e-12)[:, None]
+    variance = squares - mean**2
+    if n_strata > 1:  # what differs between strata is no noise of a shift within them
+        for i in range(n):
+            of_strata = sums[i * n_strata : (i + 1) * n_strata] ** 2 / np.maximum(within[i], 1e-12)[:, None]
+            variance[i] = squares[i] - of_strata.sum(axis=0) / max(all_weights[i], 1e-12)
+    variance = np.maximum(variance, 0.0)
     n_controls = all_weights[n:]
     spread = variance[n:] * (n_controls / np.maximum(n_controls - 1, 1))[:, None]
     omega = within[:n] / np.maximum(all_weights[:n], 1e-12)[:, None]

@@ -16,6 +16,7 @@ from .. import _keys as K
 from .._checks import check_choice, listing
 from ..data import parse
 from ..data._effects import perturbation_sign, std_errors_of, strata_of
+from ..data._screen import CHUNK_ROWS
 from ..errors import ScaleError, ScpertError
 from ._effects import effects_of_cells, table_spread, welch
 from ._grn import Scores, prior_factor, weighted_bh
@@ -137,9 +138,11 @@ def composition_offset(
     :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`.
     """
     controls = np.flatnonzero(screen.is_control)
-    some = screen.rows(controls[np.unique(np.linspace(0, len(controls) - 1, min(len(controls), 2000)).astype(int))])
-    some.data = -np.expm1(-some.data)
-    sensitivity = np.asarray(some.mean(axis=0)).ravel().astype(np.float64)
+    sensitivity = np.zeros(len(screen.genes))
+    for start in range(0, len(controls), CHUNK_ROWS):  # all of them: which ones were drawn would depend on their order
+        some = screen.rows(controls[start : start + CHUNK_ROWS])
+        some.data = -np.expm1(-some.data)
+        sensitivity += np.asarray(some.sum(axis=0, dtype=np.float64)).ravel() / len(controls)
     offset, noise = np.zeros(len(shift)), np.zeros(len(shift))
     for row, (values, errors) in enumerate(zip(shift, error, strict=True)):
         use = (sensitivity > 0) & np.isfinite(errors) & (errors > 0)
