@@ -220,7 +220,7 @@ def test_prior_shrinks_genes_by_their_noise():
     sets, delta, noise = [[i] for i in range(9)], rng.normal(size=(9, 3)) * [1.0, 1.0, 0.1], np.full(9, 0.1)
     gene_noise = np.tile([0.01, 0.3, 0.01], (9, 1))
     prior = GraphPrior(graph).fit(sets, delta, noise, gene_noise=gene_noise)
-    ratio = prior._noise_ratio(delta, gene_noise, prior.noise)
+    ratio = prior.ratio
     K = prior._covariance(prior.design, prior.design)
     for g in range(3):
         A = np.linalg.inv(K + ratio[g] * np.diag(prior.noise))
@@ -230,7 +230,32 @@ def test_prior_shrinks_genes_by_their_noise():
     # a perturbation of one cell, nearly all noise, does not change what is known of the genes
     wild = np.vstack([delta, [50.0, -50.0, 80.0]])
     wild_noise = np.vstack([gene_noise, [2000.0, 3000.0, 5000.0]])
-    np.testing.assert_allclose(prior._noise_ratio(wild, wild_noise, np.append(prior.noise, 3000.0)), ratio)
+    with_wild = GraphPrior(graph).fit([*sets, [8]], wild, np.append(noise, 3000.0), gene_noise=wild_noise)
+    np.testing.assert_allclose(with_wild.ratio, ratio)
+
+
+def test_genes_that_are_noise_do_not_hide_what_the_others_tell():
+    """A table with a third of the genes at sixteen times the error of the others: these are predicted as without them."""
+    rng = np.random.default_rng(0)
+    module = np.repeat(np.arange(8), 5)
+    true = rng.normal(0, 0.5, (8, 60))[module] + rng.normal(0, 0.2, (40, 60))
+    graph = {
+        "g": normalised_adjacency(sparse.csr_matrix((module[:, None] == module) & ~np.eye(40, dtype=bool), dtype=float))
+    }
+    train, test = np.flatnonzero(np.arange(40) % 5), np.arange(0, 40, 5)
+    delta, noise = true[train] + rng.normal(0, 0.3, (32, 60)), np.full((32, 60), 0.09)
+    loud, loud_noise = np.hstack([delta, rng.normal(0, 5, (32, 30))]), np.hstack([noise, np.full((32, 30), 25.0)])
+    error = []
+    for d, n, reliable in ((delta, noise, True), (loud, loud_noise, True), (loud, loud_noise, False)):
+        prior = GraphPrior(graph).fit([[i] for i in train], d, n.mean(axis=1), gene_noise=n, by_reliability=reliable)
+        error.append(np.mean((prior.predict([[i] for i in test])[0][:, :60] - true[test]) ** 2))
+    assert error[1] < 1.02 * error[0] < 0.6 * np.mean(true[test] ** 2)
+    assert error[2] > 1.5 * error[0]
+    idle = rng.normal(0, 0.3, delta.shape)
+    nothing = GraphPrior(graph).fit(
+        [[i] for i in train], idle, noise.mean(axis=1), gene_noise=noise, by_reliability=True
+    )
+    assert np.mean(nothing.predict([[i] for i in test])[0] ** 2) < 0.1 * 0.09
 
 
 def test_prior_gradient_and_limits():

@@ -235,7 +235,13 @@ class _GraphModel(PerturbationModel):
         square = e.sampling_variance
         noise = square.mean(axis=1)
         self._prior = GraphPrior(self._relations).fit(
-            self._sets(e.targets), fitted, noise, random_state, gene_noise=square, temper=self._tempered
+            self._sets(e.targets),
+            fitted,
+            noise,
+            random_state,
+            gene_noise=square,
+            by_reliability=self.scale_ == K.SCALE_EFFECTS,
+            temper=self._tempered,
         )
         # which perturbations judge the network
         rng = np.random.default_rng(random_state)

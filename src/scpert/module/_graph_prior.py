@@ -74,6 +74,7 @@ class GraphPrior:
         random_state: int = 0,
         *,
         gene_noise: np.ndarray | None = None,
+        by_reliability: bool = False,
         temper: bool = False,
     ) -> GraphPrior:
         """Choose the strengths and solve.
@@ -91,6 +92,9 @@ class GraphPrior:
         gene_noise
             Variance of the effects by sampling ``(perturbation, gene)``. With it, genes that move
             much more than their noise are shrunken little, and genes that do not are shrunken much.
+        by_reliability
+            Choose the strengths by the genes as far as they are reliable, by signal over signal and noise: for tables, whose standard
+            errors may be of any size, so that genes that are noise do not hide what the others tell.
         temper
             Divide each effect's deviation from the mean by the square root of its relative size, so that a few huge
             effects do not speak for all; for tables of single perturbations. What is predicted for measured
@@ -103,15 +107,21 @@ class GraphPrior:
             size = np.maximum(size / max(size.mean(), 1e-12), 0.1)
             delta = mean + (delta - mean) / np.sqrt(size)[:, None]
         design = self._design(sets)
-        scale = max(float(np.mean(delta**2)), 1e-12)
-        noise = np.maximum(np.asarray(noise, dtype=np.float64), 1e-3 * scale)
+        noise = np.asarray(noise, dtype=np.float64)
+        told = noise <= _MOSTLY_NOISE * np.median(noise)  # rows that are mostly noise say nothing of the genes
+        weight = np.ones(delta.shape[1])
+        if by_reliability and gene_noise is not None:
+            weight = self._reliability(delta[told], gene_noise[told])
+            noise = (gene_noise * weight).mean(axis=1, dtype=np.float64)
+        scale = max(float(np.mean(delta**2 * weight)), 1e-12)
+        noise = np.maximum(noise, 1e-3 * scale)
         rows = np.arange(len(delta))
         if len(rows) > _MOST_ROWS:
             rows = np.sort(np.random.default_rng(random_state).choice(rows, _MOST_ROWS, replace=False))
         parts = list(self._covariances(design[rows], design[rows]))
         if all(len(t) == 1 for t in sets):
             parts = parts[1:]  # the constant is the mean per target
-        gram = delta[rows] @ delta[rows].T / delta.shape[1]
+        gram = (delta[rows] * weight) @ delta[rows].T / delta.shape[1]
         weights = self._choose(parts, gram, noise[rows], scale)
         self.weights = np.concatenate([np.zeros(3 + len(self.features) - len(weights)), weights])
         K = self._covariance(design, design)
@@ -119,7 +129,10 @@ class GraphPrior:
         root = 1.0 / np.sqrt(noise)
         values, vectors = linalg.eigh(root[:, None] * K * root, check_finite=False)
         values = np.maximum(values, 0.0)
-        resolvent = 1.0 / (values[:, None] + self._noise_ratio(delta, gene_noise, noise))
+        self.ratio = np.ones(delta.shape[1])
+        if gene_noise is not None:
+            self.ratio = self._noise_ratio(delta[told], gene_noise[told], weight)
+        resolvent = 1.0 / (values[:, None] + self.ratio)
         self.design, self.noise = design, noise
         self.alpha = root[:, None] * (vectors @ (resolvent * (vectors.T @ (root[:, None] * delta))))
         self.inverse = root[:, None] * ((vectors / (values + 1.0)) @ vectors.T) * root
@@ -127,15 +140,25 @@ class GraphPrior:
         return self
 
     @staticmethod
-    def _noise_ratio(delta: np.ndarray, gene_noise: np.ndarray | None, noise: np.ndarray) -> np.ndarray:
-        """Noise over signal of each gene, relative to that of all genes, ``(gene,)``; rows that are mostly noise say nothing of it."""
-        if gene_noise is None or not np.any(gene_noise > 0):
+    def _reliability(delta: np.ndarray, gene_noise: np.ndarray) -> np.ndarray:
+        """Signal over signal and noise of each gene, 1 on average ``(gene,)``; signal is what chance does not explain (two standard errors)."""
+        noise = gene_noise.mean(axis=0, dtype=np.float64)
+        signal = np.maximum(np.mean(delta**2, axis=0) - (1 + 2 * np.sqrt(2 / len(delta))) * noise, 0.0)
+        if not signal.any():
             return np.ones(delta.shape[1])
-        told = noise <= _MOSTLY_NOISE * np.median(noise)
-        gene_noise = gene_noise[told].mean(axis=0)
-        signal = np.mean(delta[told] ** 2, axis=0) - gene_noise
-        signal = np.maximum(signal, 0.02 * max(signal.mean(), 1e-12))
-        ratio = (gene_noise / gene_noise.mean()) / (signal / signal.mean())
+        signal = np.maximum(signal, 0.02 * signal.mean())
+        weight: np.ndarray = signal / (signal + noise)
+        return weight / weight.mean()
+
+    @staticmethod
+    def _noise_ratio(delta: np.ndarray, gene_noise: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Noise over signal of each gene, relative to that of all genes by their weight, ``(gene,)``."""
+        if not np.any(gene_noise > 0):
+            return np.ones(delta.shape[1])
+        gene_noise = gene_noise.mean(axis=0)
+        signal = np.mean(delta**2, axis=0) - gene_noise
+        signal = np.maximum(signal, 0.02 * max(np.average(signal, weights=weight), 1e-12))
+        ratio = (gene_noise / np.average(gene_noise, weights=weight)) / (signal / np.average(signal, weights=weight))
         return np.clip(ratio, 0.02, 50.0)
 
     def _covariance(self, a: sparse.csr_matrix, b: sparse.csr_matrix) -> np.ndarray:
