@@ -106,10 +106,15 @@ def main() -> None:
             if "lower" in out.layers:
                 truth = out.X - delta + observed.loc[test].to_numpy()
                 inside = ((truth >= out.layers["lower"]) & (truth <= out.layers["upper"])).astype(float)
+                inside[np.isnan(out.layers["lower"])] = np.nan  # substitutes have no limits
             for label, row, within in zip(test, delta, inside, strict=True):
                 use = ~adata.var_names.isin(label.split("+"))
                 error = ((row - observed.loc[label].to_numpy()) ** 2)[use].mean()
-                shares = trust.get("unseen"), trust.get("combination"), within[use].mean()
+                shares = (
+                    trust.get("unseen"),
+                    trust.get("combination"),
+                    np.nan if np.isnan(within[use]).all() else np.nanmean(within[use]),
+                )
                 rows.append((name, seed, kind(label, train), error, *shares))
     columns = ["model", "seed", "kind", "error", "trust unseen", "trust combination", "inside"]
     table = pd.DataFrame(rows, columns=columns)
