@@ -654,6 +654,42 @@ def test_signs_do_not_follow_noise():
     assert len(rare) > 10 and np.mean(np.sign(rare["weight"]) == want) > 0.9
 
 
+def composed_screen(n_genes: int, n_regulators: int = 10) -> tuple[ad.AnnData, set[tuple[str, str]]]:
+    """Counts of constant depth: a knocked-down regulator lowers a third of the genes, so that the shares of all others rise."""
+    rng = np.random.default_rng(0)
+    base = rng.gamma(1.0, 1.0, n_genes) + 0.2
+    rows, labels, true = [], [], set()
+    for r in range(-1, n_regulators):
+        log = np.zeros(n_genes)
+        if r >= 0:
+            hit = rng.random(n_genes) < 0.3
+            log[hit], log[r] = -1.0, -2.5
+            true |= {(f"G{r}", f"G{j}") for j in np.flatnonzero(hit) if j != r}
+        mean = base * np.exp(log)
+        rows.append(rng.poisson(mean / mean.sum() * 2000, size=(600 if r < 0 else 200, n_genes)))
+        labels += ["control" if r < 0 else f"G{r}"] * len(rows[-1])
+    obs = pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))])
+    genes = pd.DataFrame(index=[f"G{j}" for j in range(n_genes)])
+    return ad.AnnData(sparse.csr_matrix(np.vstack(rows).astype(np.float32)), obs=obs, var=genes), true
+
+
+def test_tables_of_effects_are_corrected_for_composition(caplog):
+    """As the cells that they come from: in a table the shares of all other genes that rise are no effects, either."""
+    adata, true = composed_screen(80)
+    rate = {}
+    table = scpert.tl.perturbation_effects(adata)
+    bare = table.copy()
+    del bare.var["sensitivity"]
+    for name, data in (("cells", adata.copy()), ("table", table), ("bare", bare)):
+        scpert.tl.infer_grn(data, **({} if name == "cells" else {"scale": "effects"}))
+        net = scpert.get.grn_df(data)
+        rate[name] = np.mean([pair not in true for pair in zip(net["source"], net["target"], strict=True)])
+    assert rate["cells"] < 0.08 and rate["table"] < 0.08 < rate["bare"]
+    assert "Fewer than 10 genes" not in caplog.text
+    scpert.tl.infer_grn(composed_screen(8, 3)[0])
+    assert "Fewer than 10 genes" in caplog.text
+
+
 def test_tables_of_noise_have_no_edges():
     """Few rows, or few cells behind a row: the scale of the noise is uncertain itself."""
     found = 0

@@ -25,6 +25,8 @@ __all__ = ["benjamini_hochberg", "perturbation_effects"]
 
 logger = logging.getLogger("scpert")
 
+#: Column of ``var`` by which tables of effects can be corrected for composition.
+SENSITIVITY = "sensitivity"
 #: With fewer cells Welch's variance of a gene is too often near zero by chance.
 _FEW_CELLS = 30
 
@@ -98,7 +100,8 @@ def perturbation_effects(
         ``X`` mean shift, log1p CP10k; layers ``std_error``, ``zscore``, ``pvals``, ``pvals_adj``
         (Benjamini-Hochberg over the whole screen: all perturbations and genes at once); obs ``perturbation``,
         ``n_cells``, ``on_target`` (shift of the target itself, mean over targets, NaN if not measured),
-        ``n_significant`` (genes with ``pvals_adj`` at most 0.05); var ``control_mean``; ``uns["effects"]``
+        ``n_significant`` (genes with ``pvals_adj`` at most 0.05); var ``control_mean`` and, of cells, ``sensitivity`` (how far
+        ``log1p`` moves per unit of a log factor: the mean of ``1 - exp(-x)`` over the controls); ``uns["effects"]``
         says how they were made, and of which cells (hashes of their names). A perturbation with one cell has a shift
         but NaN statistics (a log line says so), as has a gene that is constant in both groups at different values.
 
@@ -193,6 +196,8 @@ def perturbation_effects(
     out.layers[K.PVALS] = pvals
     out.layers[K.PVALS_ADJ] = adjusted
     out.var["control_mean"] = control_mean
+    if screen.scale != K.SCALE_EFFECTS:
+        out.var[SENSITIVITY] = sensitivity(screen)
     keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
     out.uns["effects"] = {
         "statistic": statistic,
@@ -207,6 +212,17 @@ def perturbation_effects(
     }
     if screen.scale != K.SCALE_EFFECTS:
         out.uns["effects"]["cells"] = cell_hashes(adata.obs_names)
+    return out
+
+
+def sensitivity(screen: Screen) -> np.ndarray:
+    """How far a gene's ``log1p`` moves per unit of a log factor of all genes ``(gene,)``: the mean of ``1 - exp(-x)`` over the controls."""
+    controls = np.flatnonzero(screen.is_control)
+    out = np.zeros(len(screen.genes))
+    for start in range(0, len(controls), CHUNK_ROWS):  # all of them: which ones were drawn would depend on their order
+        some = screen.rows(controls[start : start + CHUNK_ROWS])
+        some.data = -np.expm1(-some.data)
+        out += np.asarray(some.sum(axis=0, dtype=np.float64)).ravel() / len(controls)
     return out
 
 

@@ -20,9 +20,9 @@ from ..data._effects import perturbation_sign, strata_of
 from ..data._screen import cell_hashes
 from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
-from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects
+from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, sensitivity
 from ._grn import infer_grn, problem_of
-from ._grn_methods import composition_offset, total_effects
+from ._grn_methods import total_effects, without_composition
 from ._rank_sum import rank_sums, scaled, scaled_rank_sums
 
 if TYPE_CHECKING:
@@ -320,8 +320,7 @@ def _judge_interventions(
         shift, error = shift[rows], error[rows]
         distance = plain_distance = _Wasserstein(values.tocsc(), groups, everywhere)
         if composition:
-            offset, sensitivity, offset_error = composition_offset(screen, shift, error)
-            shift = shift - offset[:, None] * sensitivity[None, :]
+            offset, offset_error = without_composition(shift, error, sensitivity(screen))
             _, pvals = scaled_rank_sums(values, groups, offset, offset_error, strata)
             values = scaled(values, groups, offset)
         elif strata.any():

@@ -16,14 +16,12 @@ from .. import _keys as K
 from .._checks import check_choice, listing
 from ..data import parse
 from ..data._effects import perturbation_sign, std_errors_of, strata_of
-from ..data._screen import CHUNK_ROWS
 from ..errors import ScaleError, ScpertError
-from ._effects import effects_of_cells, table_spread, welch
+from ._effects import SENSITIVITY, effects_of_cells, sensitivity, table_spread, welch
 from ._grn import Scores, prior_factor, weighted_bh
 from ._grn_carriers import carrier_weights, weighted_effects
 
 if TYPE_CHECKING:
-    from ..data import Screen
     from ._grn import Problem
 
 logger = logging.getLogger("scpert")
@@ -98,9 +96,13 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
                 shift, error, share = weighted_effects(screen, problem.regulators, weights, strata)
         offset = offset_error = np.zeros(len(shift))
         if composition:
-            offset, sensitivity, offset_error = composition_offset(screen, shift, error)
-            for row, log_factor in enumerate(offset):  # in place: these are the largest arrays
-                shift[row] -= log_factor * sensitivity
+            offset, offset_error = without_composition(shift, error, sensitivity(screen))
+            if screen.library_size_key is None and not offset_error.any():
+                logger.warning(
+                    "Fewer than %d genes are measured with an error: what a perturbation of one does to the shares of all others in a cell "
+                    "cannot be told from effects. Name the full library size (library_size_key=).",
+                    _FEWEST_GENES,
+                )
         zscore, pvals = welch(shift, error, freedom)
         return Evidence(
             shift,
@@ -114,6 +116,11 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
             share,
         )
     shift, error, noise, freedom = _table_effects(problem)
+    offset = offset_error = np.zeros(len(shift))
+    table = screen.adata
+    if composition and "effects" in table.uns and SENSITIVITY in table.var and K.STD_ERROR in table.layers:
+        # of perturbation_effects
+        offset, offset_error = without_composition(shift, error, np.asarray(table.var[SENSITIVITY], dtype=np.float64))
     zscore, _ = welch(shift, error, np.inf)
     _, pvals = welch(shift, noise, np.broadcast_to(freedom[:, None], shift.shape))
     return Evidence(
@@ -123,38 +130,34 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
         pvals,
         noise,
         perturbation_sign(shift, noise, problem.position),
-        np.zeros(len(shift)),
-        np.zeros(len(shift)),
+        offset,
+        offset_error,
         np.ones(len(shift)),
     )
 
 
-def composition_offset(
-    screen: Screen, shift: np.ndarray, error: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    r"""Log factor that most genes share ``(regulator,)``, how far a gene shifts per unit of it ``(gene,)``, and its standard error.
+def without_composition(shift: np.ndarray, error: np.ndarray, per_factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    r"""Take the log factor that most genes share out of ``shift`` ``(regulator, gene)``, in place; the factor and its standard error.
 
-    The weighted median of independent normal ratios with weights :math:`w_g`, one over their errors, has the standard error
-    :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`.
+    ``per_factor`` ``(gene,)`` is how far a gene shifts per unit of it (:func:`~scpert.tl._effects.sensitivity`). The weighted median of
+    independent normal ratios with weights :math:`w_g`, one over their errors, has the standard error
+    :math:`\sqrt{\pi / 2} / \sqrt{\sum_g w_g^2}`. Fewer than ten genes do not tell it (0).
     """
-    controls = np.flatnonzero(screen.is_control)
-    sensitivity = np.zeros(len(screen.genes))
-    for start in range(0, len(controls), CHUNK_ROWS):  # all of them: which ones were drawn would depend on their order
-        some = screen.rows(controls[start : start + CHUNK_ROWS])
-        some.data = -np.expm1(-some.data)
-        sensitivity += np.asarray(some.sum(axis=0, dtype=np.float64)).ravel() / len(controls)
     offset, noise = np.zeros(len(shift)), np.zeros(len(shift))
     for row, (values, errors) in enumerate(zip(shift, error, strict=True)):
-        use = (sensitivity > 0) & np.isfinite(errors) & (errors > 0)
-        if use.sum() >= 10:
-            ratio, weight = values[use] / sensitivity[use], sensitivity[use] / errors[use]
+        use = (per_factor > 0) & np.isfinite(errors) & (errors > 0)
+        if use.sum() >= _FEWEST_GENES:
+            ratio, weight = values[use] / per_factor[use], per_factor[use] / errors[use]
             order = np.argsort(ratio, kind="stable")
             total = np.cumsum(weight[order])
             offset[row] = ratio[order][np.searchsorted(total, total[-1] / 2)]
             noise[row] = np.sqrt(np.pi / 2) / np.sqrt((weight**2).sum())
-    return offset, sensitivity, noise
+            values -= offset[row] * per_factor
+    return offset, noise
 
 
+#: Genes that tell the factor common to most of them.
+_FEWEST_GENES = 10
 #: Asymptotic efficiency of the median absolute deviation, beside the standard deviation, for normal values.
 _MAD_EFFICIENCY = 0.37
 
@@ -683,8 +686,9 @@ def _decoded_effects(trained: Any, problem: Problem, columns: np.ndarray, error:
 
 
 def _without_offset(problem: Problem, shift: np.ndarray, error: np.ndarray) -> np.ndarray:
-    offset, sensitivity, _ = composition_offset(problem.screen, shift, error)
-    return shift - offset[:, None] * sensitivity[None, :]
+    out = shift.copy()
+    without_composition(out, error, sensitivity(problem.screen))
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- ranks
