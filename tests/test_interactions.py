@@ -12,9 +12,10 @@ import pytest
 from scipy import sparse
 
 import scpert
+from scpert.data import Screen
 from scpert.errors import MissingKeyError, ScpertError
 from scpert.tl import evaluate_interactions, genetic_interactions
-from scpert.tl._interactions import _SMALL, _classify, _Seen, distance_correlation, theil_sen
+from scpert.tl._interactions import _SMALL, _classify, _Seen, _Shifts, distance_correlation, theil_sen
 
 DATA = os.environ.get("SCPERT_TEST_DATA")
 CLASS = {"additive": "additive", "synergistic": "synergy", "suppressive": "suppression", "epistatic": "epistasis"}
@@ -492,3 +493,17 @@ def test_combinations_of_another_batch(caplog):
     assert (within["model_fit"] > pooled["model_fit"] + 0.2).all()
     with pytest.raises(ScpertError, match="fewer than two control cells"):
         scpert.tl.genetic_interactions(adata[150:].copy(), covariate_keys="batch", n_boot=0)
+
+
+@pytest.mark.parametrize("n_strata", [1, 20, 36])
+def test_resampling_within_small_strata_varies_as_the_cells_do(n_strata):
+    rng = np.random.default_rng(0)
+    stratum = np.r_[np.arange(40) % n_strata, np.arange(2 * n_strata if n_strata > 1 else 80) % n_strata]
+    labels = np.repeat(["A", "control"], [40, len(stratum) - 40])
+    values = rng.normal(5, 0.5, (len(labels), 200)) + rng.normal(size=(n_strata, 200))[stratum]
+    adata = ad.AnnData(
+        np.abs(values), obs=pd.DataFrame({"perturbation": labels}, index=np.arange(len(labels)).astype(str))
+    )
+    shifts = _Shifts(Screen(adata, scale="log1p"), stratum, 400, 0)
+    expected = shifts.se2[shifts.row["A"]] + shifts.shared_error("A", "A")
+    assert np.mean(shifts.resampled_shift("A").var(axis=0)) == pytest.approx(expected.mean(), rel=0.05)

@@ -316,3 +316,13 @@ def test_effects_within_covariates(run_of_six):
     new = adata[adata.obs["perturbation"] == "control"].copy()
     del new.obs["run"]  # a shift is the same in every stratum: other controls need not say theirs
     assert model.predict_perturbation(names[0], adata=new).n_obs == 1
+
+
+def test_a_target_trained_in_combinations_only_is_not_its_own_nearest():
+    adata = effects(8, doubles=4)
+    adata = adata[adata.obs["perturbation"] != "g0"].copy()  # "g0+g1" stays
+    scpert.model.Additive.setup_anndata(adata, scale="effects")
+    model = scpert.model.Additive(adata)
+    model.train()
+    near = model._nearest(("g0",))
+    assert near is not None and model._status(near) == "trained"

@@ -231,3 +231,9 @@ def test_the_empty_text_is_no_annotation():
         scpert.pp.similarity_net(table, genes="CD")
     with pytest.raises(ScpertError, match="top_k='a'"):
         scpert.pp.similarity_net(table, top_k="a")
+
+
+def test_rounding_is_no_correlation_within_strata():
+    adata = ad.AnnData(np.random.default_rng(0).poisson(1.0, (40, 2001)).astype(np.float32) + 1)
+    adata.obs["cell"] = adata.obs_names  # nothing varies within strata of one cell
+    assert len(coexpression_net(adata, covariate_keys="cell", scale="counts")) == 0

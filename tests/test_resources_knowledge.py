@@ -521,3 +521,16 @@ def test_strings_own_header_in_a_table(tmp_path):
     links.write_text("protein1 protein2 combined_score\n9606.P1 9606.P2 900\n")
     info = pd.DataFrame({"#string_protein_id": ["9606.P1", "9606.P2"], "preferred_name": ["A", "B"]})
     assert interactome(links, info=info)["source"].tolist() == ["A", "B"]
+
+
+@pytest.mark.parametrize("options", [{"evidence": "IMP"}, {"exclude_terms": ("GO:0000001",)}])
+def test_nothing_left_below_a_hierarchy_is_said(tmp_path, options):
+    (tmp_path / "a.tsv").write_text("gene\tterm\tevidence\nA\tGO:0000001\tIDA\n")
+    above = pd.DataFrame({"child": ["GO:0000001"], "parent": ["GO:0008150"]})
+    if "evidence" in options:
+        line = "9606\t1\tGO:0000001\tIDA\tinvolved_in\tx\t-\tProcess\n"
+        (tmp_path / "a.tsv").write_text(
+            "#tax_id\tGeneID\tGO_ID\tEvidence\tQualifier\tGO_term\tPubMed\tCategory\n" + line
+        )
+    with pytest.raises(ScpertError, match="No annotation of .* is left"):
+        gene_ontology(tmp_path / "a.tsv", hierarchy=above, min_terms=1, **options)

@@ -951,7 +951,9 @@ class PerturbationModel(BaseModel):
             if self._status((t,)) is not None:
                 out.append(t)
                 continue
-            same = [k for k in self._trained_targets if k.casefold() == t.casefold()]
+            same = sorted(
+                k for k in self._trained_targets if k.casefold() == t.casefold() and self._status((k,)) is not None
+            )
             if same:
                 out.append(same[0])
                 continue

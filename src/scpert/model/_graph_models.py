@@ -511,6 +511,7 @@ class _GraphModel(PerturbationModel):
         return {
             **super()._get_state(),
             "prior": self._prior.state(),
+            "relations": "joined targets",
             "trust": self._trust,
             "base_shift": self._base_shift,
             "calibration": self._calibration,
@@ -519,6 +520,11 @@ class _GraphModel(PerturbationModel):
 
     def _set_state(self, state: dict[str, Any]) -> None:
         super()._set_state(state)
+        if state.get("relations") != "joined targets":
+            raise ScpertError(
+                f"This {type(self).__name__} was saved before targets that a graph joins to no other were left out of it, and would predict "
+                "something else now: train and save it again."
+            )
         self._prior = GraphPrior(self._relations).restore(state["prior"])
         self._trust, self._base_shift, self._calibration = state["trust"], state["base_shift"], state["calibration"]
         self._judges = state["judges"]

@@ -274,9 +274,10 @@ def coexpression_net(
             total[s] += values[strata[start + keep] == s].sum(axis=0, dtype=np.float64)
     n = int(use.sum())
     cells = np.bincount(strata[use], minlength=len(total))
+    before = np.diag(gram).copy()
     gram -= total.T @ (total / np.maximum(cells, 1)[:, None])
     deviation = np.sqrt(np.maximum(np.diag(gram), 0.0))
-    varies = deviation > 1e-6 * np.sqrt(n)
+    varies = (deviation > 1e-6 * np.sqrt(n)) & (deviation**2 > 1e-5 * before)  # what is left is not rounding alone
     inverse = np.where(varies, 1 / np.where(varies, deviation, 1.0), 0.0)
     gram *= inverse[:, None]
     gram *= inverse[None, :]

@@ -350,7 +350,7 @@ def gene_ontology(
         above = ancestors(parents, where)
         excluded |= {renamed[t] for t in excluded & set(renamed)}
         # alternative identifiers are the same term
-        table = table.assign(term=[renamed.get(t, t) for t in table["term"]])
+        table = table.assign(term=table["term"].map(lambda t: renamed.get(t, t)).astype(object))
         table = table[~table["term"].isin(excluded)]
         terms = [str(t) for t in table["term"].unique()]
         unknown = sorted(t for t in terms if t not in above)

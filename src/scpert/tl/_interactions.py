@@ -470,10 +470,15 @@ class _Shifts:
         """Sums of cells resampled in each stratum ``(n_boot, stratum, gene)``; draws do not depend on what else is asked for."""
         rng = np.random.default_rng([self.random_state, zlib.crc32(label.encode())])
         out = np.zeros((self.n_boot, self.share.shape[1], len(self.screen.genes)))
-        of_label = self.screen.labels == label
-        for s in np.flatnonzero(self.share[self.row[label]]):
+        of_label, row = self.screen.labels == label, self.row[label]
+        n = np.rint(self.share[row] * self.n[row])
+        # a lone cell of its stratum does not vary by resampling: the others vary for it
+        wider = 1.0 if label == self.screen.control else n.sum() / max(n[n > 1].sum(), 1.0)
+        for s in np.flatnonzero(n):
             index = np.flatnonzero(of_label & (self.strata == s))
             counts = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=self.n_boot)
+            if len(n) > 1 and len(index) > 1:  # n cells vary about their own mean by (n - 1) / n (Rao and Wu 1988)
+                counts = 1 + (counts - 1) * np.sqrt(wider * len(index) / (len(index) - 1))
             for start in range(0, len(index), 4096):
                 block = self.screen.rows(index[start : start + 4096])
                 out[:, s] += np.asarray((block.T @ counts[:, start : start + 4096].T).T)
@@ -700,19 +705,25 @@ def genetic_interactions(
     jobs = [job for job in jobs if not lacking[job]]
     if skipped:
         logger.warning("genetic_interactions: %d combinations lack a single: %s", len(skipped), listing(skipped))
-    strata, strata_names = strata_of(adata, covariate_keys if screen.scale != K.SCALE_EFFECTS else None)
+    if covariate_keys and screen.scale == K.SCALE_EFFECTS:
+        logger.info(
+            "genetic_interactions: covariate_keys is ignored: a table of effects has no cells to compare within strata"
+        )
+        covariate_keys = None
+    strata, strata_names = strata_of(adata, covariate_keys)
     if len(strata_names) > 1:
         need_controls(screen, strata, lambda cell: strata_names[strata[cell]])
     shifts = _Shifts(screen, strata, int(n_boot), random_state)
     if not shifts.effects:  # one cell (of each stratum) has no error
         lone = {p for p, i in shifts.row.items() if shifts.freedom[i] < 1}
+        in_each = " in each stratum" if len(strata_names) > 1 else ""
         if control in lone:
             raise ScpertError(f"There is one control cell ({control!r}): shifts from it have no error. Measure more.")
         alone = [(o, p) for o, p in jobs if lone & {*parse(p, control), *([p] if o == "measured" else [])}]
         jobs = [job for job in jobs if job not in alone]
         if not jobs:
             raise ScpertError(
-                f"No combination can be analysed: each rests on a perturbation of one cell ({listing(sorted(lone))}), "
+                f"No combination can be analysed: each rests on a perturbation of one cell{in_each} ({listing(sorted(lone))}), "
                 "whose shift has no error. Measure more cells of these."
             )
         if alone:
