@@ -407,6 +407,20 @@ def test_cells_judge_the_network_of_a_table_of_effects(halves):
     pd.testing.assert_frame_equal(found.loc[["effect_size"], same], expected.loc[["effect_size"], same])
 
 
+def test_what_uns_effects_of_others_holds_does_not_matter(halves):
+    train, test = (half.copy() for half in halves)
+    table = scpert.tl.perturbation_effects(train)
+    again = scpert.tl.perturbation_effects(table)
+    assert np.array_equal(again.uns["effects"]["cells"], table.uns["effects"]["cells"])
+    assert np.array_equal(again.var["sensitivity"], table.var["sensitivity"])
+    scpert.tl.infer_grn(train)
+    expected = scpert.tl.evaluate_grn(train, observed=test, k=(5,))
+    for own in ("some cells", 3.0, np.arange(3), again):
+        test.uns["effects"] = table.uns["effects"] = own
+        pd.testing.assert_frame_equal(scpert.tl.evaluate_grn(train, observed=test, k=(5,)), expected)
+        scpert.tl.infer_grn(table)
+
+
 def test_tables_of_effects_remember_their_cells(halves, tmp_path):
     train, test = halves
     effects, held_out = scpert.tl.perturbation_effects(train), scpert.tl.perturbation_effects(test)
@@ -433,3 +447,41 @@ def test_genes_that_only_the_held_out_cells_have_are_no_candidates(halves):
         for observed in (test, test[:, ::2].copy())
     ]
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_tables_of_profiles_with_several_controls_are_judged_as_such():
+    """Two rows of the wild type in a table of profiles do not make cells of its rows."""
+    rng = np.random.default_rng(0)
+    names = [f"g{i}" for i in range(30)]
+    effect = rng.normal(size=(10, 30)) * (rng.random((10, 30)) < 0.2)
+    effect[np.arange(10), np.arange(10)] = -3.0
+    labels = np.repeat(["control", *names[:10]], 3)
+    halves = []
+    for half in "ab":
+        values = 5.0 + np.repeat(np.vstack([np.zeros(30), effect]), 3, axis=0) + 0.2 * rng.normal(size=(33, 30))
+        obs = pd.DataFrame({"perturbation": labels}, index=[f"{half}{i}" for i in range(33)])
+        halves.append(ad.AnnData(values, obs=obs, var=pd.DataFrame(index=names)))
+    train, test = halves
+    scpert.tl.infer_grn(train, scale="effects")
+    said, found = (scpert.tl.evaluate_grn(train, observed=test, k=(20,), scale=s) for s in ("effects", "auto"))
+    pd.testing.assert_frame_equal(found, said)
+    assert found.loc[found["network"] == "grn", "precision"].item() > 0.7
+
+
+def test_composition_of_a_held_out_table_is_as_said(halves):
+    """And the measures named after CausalBench take its values as they are."""
+    train, test = halves
+    train = train.copy()
+    scpert.tl.infer_grn(train)
+    table = scpert.tl.perturbation_effects(test)
+    bare = table.copy()
+    del bare.var["sensitivity"]
+    with_factor = scpert.tl.evaluate_grn(train, observed=bare, k=(20,))
+    pd.testing.assert_frame_equal(
+        scpert.tl.evaluate_grn(train, observed=table, k=(20,), composition=False), with_factor
+    )
+    corrected = scpert.tl.evaluate_grn(train, observed=table, k=(20,))
+    assert not np.allclose(corrected["mean_wasserstein"], with_factor["mean_wasserstein"])
+    columns = ["causalbench_precision", "causalbench_mean_wasserstein"]
+    grn = corrected["network"] == "grn"
+    pd.testing.assert_frame_equal(corrected.loc[grn, columns], with_factor.loc[grn, columns])

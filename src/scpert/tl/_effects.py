@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -198,6 +198,8 @@ def perturbation_effects(
     out.var["control_mean"] = control_mean
     if screen.scale != K.SCALE_EFFECTS:
         out.var[SENSITIVITY] = sensitivity(screen)
+    elif cells_behind(adata) is not None and SENSITIVITY in adata.var:  # a table of such a table
+        out.var[SENSITIVITY] = adata.var[SENSITIVITY].to_numpy()
     keys = [covariate_keys] if isinstance(covariate_keys, str) else list(covariate_keys or [])
     out.uns["effects"] = {
         "statistic": statistic,
@@ -210,9 +212,17 @@ def perturbation_effects(
         "covariate_keys": np.asarray(keys, dtype=object).astype(str),
         "n_control": int(screen.is_control.sum()),
     }
-    if screen.scale != K.SCALE_EFFECTS:
-        out.uns["effects"]["cells"] = cell_hashes(adata.obs_names)
+    cells = cell_hashes(adata.obs_names) if screen.scale != K.SCALE_EFFECTS else cells_behind(adata)
+    if cells is not None:
+        out.uns["effects"]["cells"] = cells
     return out
+
+
+def cells_behind(table: AnnData) -> np.ndarray | None:
+    """Hashes of the cells of a table of :func:`perturbation_effects`; ``None`` of anything else, whatever ``uns["effects"]`` holds."""
+    notes = table.uns.get("effects")
+    cells = notes.get("cells") if isinstance(notes, Mapping) else None
+    return cells if isinstance(cells, np.ndarray) and cells.dtype == np.uint64 else None
 
 
 def sensitivity(screen: Screen) -> np.ndarray:

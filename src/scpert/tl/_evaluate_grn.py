@@ -20,7 +20,7 @@ from ..data._effects import perturbation_sign, strata_of
 from ..data._screen import cell_hashes
 from ..errors import MissingKeyError, ScpertError
 from ..get import grn_df
-from ._effects import benjamini_hochberg, effects_of_cells, perturbation_effects, sensitivity
+from ._effects import benjamini_hochberg, cells_behind, effects_of_cells, perturbation_effects, sensitivity
 from ._grn import infer_grn, problem_of
 from ._grn_methods import total_effects, without_composition
 from ._rank_sum import rank_sums, scaled, scaled_rank_sums
@@ -186,8 +186,10 @@ def evaluate_grn(
     if observed is not None:
         if layer is None and arguments["layer"] not in observed.layers:
             arguments["layer"] = None
-        if scale == K.SCALE_AUTO and parameters["scale"] == K.SCALE_EFFECTS and not _has_controls(observed, arguments):
-            arguments["scale"] = K.SCALE_EFFECTS  # what a table of effects is like cannot be seen
+        # what a table of effects is like cannot be seen; one of profiles may have several rows of the control
+        cells = _has_controls(observed, arguments) and not _has_controls(adata, training)
+        if scale == K.SCALE_AUTO and parameters["scale"] == K.SCALE_EFFECTS and not cells:
+            arguments["scale"] = K.SCALE_EFFECTS
     rng = np.random.default_rng(random_state)
 
     judges = []
@@ -252,7 +254,7 @@ def _held_out(
     missing = adata.var_names.difference(observed.var_names)
     if len(missing) == adata.n_vars:
         raise ScpertError(f"observed has none of the genes of adata ({listing(adata.var_names[:4])}).")
-    cells = observed.uns.get("effects", {}).get("cells")  # those behind a table of effects
+    cells = cells_behind(observed)
     seen = np.isin(cell_hashes(observed.obs_names) if cells is None else cells, used)
     if seen.any() and not allow_same_cells:
         raise ScpertError(
@@ -264,7 +266,7 @@ def _held_out(
 
 
 def _has_controls(adata: AnnData, arguments: dict[str, Any]) -> bool:
-    """Whether more than one row is a control, as in cells; a table of effects has none, or its zero row."""
+    """Whether more than one row is a control, as in cells; a table of effects has none, or its zero row, one of profiles its replicates."""
     labels = adata.obs.get(arguments["perturbation_key"])
     return labels is not None and int((labels.astype(str) == arguments["control"]).sum()) > 1
 
@@ -287,11 +289,12 @@ def _judge_interventions(
     singles = {t[0]: p for p in screen.perturbations if len(t := parse(p, control)) == 1}
     genes = screen.genes
     if screen.scale == K.SCALE_EFFECTS or screen.is_control.sum() < 2:
-        found = total_effects(problem_of(screen, sorted(singles)))
-        regulators, shift, pvals, plain = sorted(singles), found.shift, found.pvals, found.pvals
+        problem = problem_of(screen, sorted(singles))
+        found, as_is = (total_effects(problem, composition=corrected) for corrected in (composition, False))
+        regulators, shift, pvals, plain = sorted(singles), found.shift, found.pvals, as_is.pvals
         direction = found.sign
         distance: Any = lambda rows, columns: np.abs(shift[rows, columns])  # noqa: E731
-        plain_distance = distance
+        plain_distance: Any = lambda rows, columns: np.abs(as_is.shift[rows, columns])  # noqa: E731
     else:
         count = {t: int((screen.labels == p).sum()) for t, p in singles.items()}
         regulators = sorted(t for t in singles if count[t] >= 2)

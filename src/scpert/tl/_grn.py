@@ -29,7 +29,7 @@ from ..data._effects import strata_of
 from ..data._screen import cell_hashes
 from ..errors import LabelError, ScpertError, UnknownTargetError
 from ..pp._write import writable
-from ._effects import benjamini_hochberg
+from ._effects import benjamini_hochberg, cells_behind
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -318,8 +318,8 @@ def infer_grn(
             options=options,
         )
         found_scale = problem.screen.scale
-        if found_scale == K.SCALE_EFFECTS and "cells" in adata.uns.get("effects", {}):  # those behind the table
-            seen = np.union1d(seen, adata.uns["effects"]["cells"])
+        if found_scale == K.SCALE_EFFECTS and (behind := cells_behind(adata)) is not None:
+            seen = np.union1d(seen, behind)
         scores = _run(method, problem)
         notes = scores.notes
         source, target, weight, columns = _edges(problem, scores, n_edges, threshold)

@@ -85,18 +85,26 @@ def scaled_rank_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Z and two-sided p of :func:`rank_sums` where most genes of a group share a factor that is known with an error.
 
-    The cells of a group are scaled by :math:`e^{-\lambda}`. The noise of :math:`\lambda` would be an effect of all genes at once: with its
-    standard error :math:`\tau`, z is divided by :math:`\sqrt{1 + (z(\lambda + \tau) - z(\lambda))^2}`. Z is that of the p-value, as a
-    normal would have it.
+    The cells of a group are scaled by :math:`e^{-\lambda}`. However little, that breaks the ties of counts with the controls (cells of one
+    depth) all to one side; z is therefore the mean of :math:`z(\lambda + b)` over factors :math:`b` up to that between counts of 1 and 2.
+    The noise of :math:`\lambda` would be an effect of all genes at once: with its standard error :math:`\tau` and the slope
+    :math:`z'` over these factors, z is divided by :math:`\sqrt{1 + (z' \tau)^2}`. Z is that of the p-value, as a normal would have it.
     """
 
     def zscores(factor: np.ndarray) -> np.ndarray:
         z, pvals = rank_sums(scaled(values, code, factor), code, len(factor), strata)
         return np.sign(z) * np.where(pvals > 1e-300, -special.ndtri(pvals / 2), np.abs(z))
 
-    z = zscores(log_factor)
     if np.any(error):
-        z /= np.sqrt(1.0 + (zscores(log_factor + error) - z) ** 2)
+        around = np.log(2) / 2 * np.array([-0.75, -0.25, 0.25, 0.75])
+        z, slope = np.zeros((2, len(log_factor), values.shape[1]))
+        for b in around:
+            at = zscores(log_factor + b)
+            z += at / len(around)
+            slope += at * b / (around**2).sum()
+        z /= np.sqrt(1.0 + (slope * error[:, None]) ** 2)
+    else:
+        z = zscores(log_factor)
     return z, 2.0 * special.ndtr(-np.abs(z))
 
 
