@@ -709,3 +709,15 @@ def test_keys_are_the_same_in_every_process():
             environment = {**os.environ, "PYTHONHASHSEED": seed}
             found.append(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
     assert found[0] == found[1] != found[2]
+
+
+def test_metrics_of_cells_with_covariates_are_warned_of(screen, tmp_path, caplog):
+    data = screen.copy()
+    data.obs["run"] = "one"
+    task = Task("t", data, "cells", setup={"covariate_keys": ["run"]}, metrics=("mse", "mmd"), level="cell", n_draws=2)
+    benchmark.run([task], ["NoChange"], seeds=1, out=tmp_path)
+    assert "'mmd' compare cells as they are" in caplog.text
+
+
+def test_max_train_cells_given_as_a_float_is_a_number_of_cells(screen):
+    assert isinstance(Task("few", screen, "cells", max_train_cells=3.0).max_train_cells, int)

@@ -565,3 +565,48 @@ def test_truth_and_ceiling_within_covariates(run_of_six, caplog):
     null.obs["cell"] = null.obs_names
     with pytest.raises(ScpertError, match="No stratum of covariate_keys"):
         metrics.Reference(null, covariate_keys="cell")
+
+
+def _null_in_runs(n_runs: int = 10) -> ad.AnnData:
+    """Cells without effects, each perturbation in a run of its own, five controls in each run."""
+    rng = np.random.default_rng(0)
+    run = np.repeat(np.arange(n_runs), 45)
+    label = np.where(np.tile(np.arange(45) < 5, n_runs), "control", np.char.add("P", run.astype(str)))
+    X = 2.0 + 0.5 * (run[:, None] == np.arange(30)) + rng.normal(0, 0.3, (len(run), 30))
+    obs = pd.DataFrame({"perturbation": label, "run": run.astype(str)}, index=[f"c{i}" for i in range(len(run))])
+    return ad.AnnData(sparse.csr_matrix(np.maximum(X, 0)), obs=obs, var=pd.DataFrame(index=GENES[:30]))
+
+
+def test_folds_within_covariates_are_those_of_the_cells_that_are_tested():
+    """The observed cells themselves are a perfect prediction for all tests, with covariates as without."""
+    cells = _null_in_runs()
+    effect = (cells.obs["perturbation"] != "control").to_numpy()[:, None] * np.linspace(-1, 1, 30)
+    cells.X = sparse.csr_matrix(np.maximum(cells.X.toarray() + effect, 0))
+    names = ["de_direction_match", "de_spearman_lfc_sig", "overlap_at_N"]
+    table = evaluate(cells, cells, scale="log1p", covariate_keys="run", metrics=names)
+    np.testing.assert_allclose(table, 1.0)
+
+
+def test_interpolated_duplicate_knows_how_few_controls_a_stratum_has():
+    """Without effects its tests within strata find nothing."""
+    from scpert.metrics._summary import _halve, _padj
+
+    reference = metrics.Reference(_null_in_runs(), scale="log1p", covariate_keys="run")
+    half = _halve(reference, reference.perturbations, np.random.default_rng(0)).predicting
+    assert (_padj(half) < 0.05).mean() < 0.02
+
+
+def test_predictions_of_own_genes_only_are_ties():
+    """Without the targets nothing is left of them: no win by what rounding leaves."""
+    rng = np.random.default_rng(0)
+    labels = ["+".join(sorted(rng.choice(GENES, 3, replace=False))) for _ in range(25)]
+    table = ad.AnnData(rng.normal(size=(25, 60)), obs=pd.DataFrame({"perturbation": labels}, index=labels))
+    table.var_names = GENES
+    own = table.copy()
+    own.X = np.array(
+        [
+            [x * (g in p.split("+")) for g, x in zip(GENES, row, strict=True)]
+            for p, row in zip(labels, table.X, strict=True)
+        ]
+    )
+    assert (evaluate(own, table, scale="effects", metrics="retrieval_cosine_no_targets") == 0.5).all(axis=None)

@@ -566,8 +566,10 @@ def run(
     >>> sorted(results["model"].unique())
     ['NoChange', 'ceiling', 'mismatched', 'training_mean']
     """
+    from ..metrics._registry import resolve
+
     task_list, specs = resolve_tasks(tasks), resolve_models(models)
-    if isinstance(seeds, float):
+    if seeds is None or isinstance(seeds, float):
         raise ScpertError(f"seeds={seeds!r}: give a number of seeds, such as 3, or a list of them, such as [0, 1, 2].")
     given = range(seeds) if isinstance(seeds, (int, np.integer)) else dict.fromkeys(seeds)
     seed_list = [check_seed(s, "a seed of seeds") for s in given]
@@ -577,6 +579,14 @@ def run(
         raise ScpertError("seeds is empty: give at least one.")
     for task in task_list:
         task.check()
+        of_cells = [m.name for m in resolve(task.metrics, ()) if "cells" in m.needs]
+        if of_cells and task.setup.get("covariate_keys") and task.setup.get("scale") != K.SCALE_EFFECTS:
+            logger.warning(
+                "task %s: %s compare cells as they are, not within covariate_keys: where a covariate goes with perturbations, its shift "
+                "counts as an effect there.",
+                task.name,
+                listing(of_cells, 5),
+            )
     folder = Path(out)
     cells = folder / "cells"
     cells.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ class Task:
                 "starts from each context's own; or call model.predict_perturbation(adata=controls) and metrics.evaluate yourself."
             )
         if self.max_train_cells is not None:
-            check_whole("max_train_cells", self.max_train_cells)
+            object.__setattr__(self, "max_train_cells", check_whole("max_train_cells", self.max_train_cells))
         if not self.question:
             few = self.max_train_cells is not None
             text = {

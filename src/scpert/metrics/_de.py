@@ -227,8 +227,12 @@ def _tests(pair: Pair) -> tuple[Tests, Tests]:
     engine = RankSum(predicted_control)
     predicted = np.array([engine.test(pair.predicted_cells(label))[1] for label in pair.perturbations])
     base = np.asarray(predicted_control.mean(axis=0, dtype=np.float64)).ravel()
+    observed = pair.observed
+    if pair.reference.strata is not None:  # folds are of the cells that are tested, as they are
+        cells = [pair.observed_cells(label) for label in pair.perturbations]
+        observed = np.array([np.asarray(x.mean(axis=0, dtype=np.float64)).ravel() for x in cells])
     out = (
-        Tests(log2_fold_change(pair.observed, pair.observed_control), real, false_discovery_control(real, axis=1)),
+        Tests(log2_fold_change(observed, pair.observed_control), real, false_discovery_control(real, axis=1)),
         Tests(log2_fold_change(pair.predicted, base), predicted, false_discovery_control(predicted, axis=1)),
     )
     pair.__dict__["tests"] = out

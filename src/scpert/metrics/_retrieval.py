@@ -115,8 +115,9 @@ def _masked_distance(pair: Pair, kind: str) -> np.ndarray:
     left = full - without.of_p(term, a, b)
     if kind != "cosine":
         return np.maximum(left, 0)
-    aa = (a**2).sum(axis=1) - np.asarray(without.member.multiply(a**2).sum(axis=1)).ravel()
-    return _cosine(left, aa[:, None], (b**2).sum(axis=1) - without.member @ (b**2).T)
+    whole_a, whole_b = (a**2).sum(axis=1)[:, None], (b**2).sum(axis=1)
+    aa = whole_a - np.asarray(without.member.multiply(a**2).sum(axis=1)).reshape(-1, 1)
+    return _cosine(left, aa, whole_b - without.member @ (b**2).T, whole_a, whole_b)
 
 
 def _discrimination(pair: Pair, kind: str) -> np.ndarray:
@@ -169,17 +170,21 @@ def _pairwise_without_targets(pair: Pair, kind: str) -> np.ndarray:
     other = full - without.of_either(term, a, b)
     own = np.diag(full)[:, None] - without.of_row(term(a, b))
     if kind == "cosine":
-        aa = (a**2).sum(axis=1)[:, None] - without.of_row(a**2)
-        bb = (b**2).sum(axis=1)[:, None] - without.of_row(b**2)
-        wins = _beats(_cosine(own, aa, bb), _cosine(other, aa, bb.T))
+        whole_a, whole_b = (a**2).sum(axis=1)[:, None], (b**2).sum(axis=1)[:, None]
+        aa, bb = whole_a - without.of_row(a**2), whole_b - without.of_row(b**2)
+        wins = _beats(_cosine(own, aa, bb, whole_a, whole_b), _cosine(other, aa, bb.T, whole_a, whole_b.T))
     else:
         wins = _beats(np.maximum(own, 0), np.maximum(other, 0))
     np.fill_diagonal(wins, 0.0)
     return wins.sum(axis=1) / (n - 1)
 
 
-def _cosine(dot: np.ndarray, aa: np.ndarray, bb: np.ndarray) -> np.ndarray:
-    norm = np.sqrt(np.maximum(aa, 0) * np.maximum(bb, 0))
+def _cosine(dot: np.ndarray, aa: np.ndarray, bb: np.ndarray, whole_a: np.ndarray, whole_b: np.ndarray) -> np.ndarray:
+    """Distance from sums that are left of ``whole`` ones: what is left of rounding is a zero vector."""
+    aa, bb = (
+        np.where(left > 1e-12 * whole, left, 0.0) for left, whole in ((aa, whole_a), (bb, whole_b))
+    )  # rest of rounding
+    norm = np.sqrt(aa * bb)
     return 1.0 - np.where(norm > 0, dot / np.where(norm > 0, norm, 1.0), 0.0)
 
 

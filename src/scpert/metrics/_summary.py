@@ -391,6 +391,12 @@ def _halve(reference: Reference, usable: Sequence[str], rng: np.random.Generator
             share = shares([rows[side][label] for label in np.array(usable, dtype=object)[by_name]], strata)
             without_strata(mean, share[:, [int(s) for s in controls]], in_stratum, cells / cells.sum())
         moments = {"mean": mean, "var": var, "control": base[0], "control_var": base_var[0]}
+        if reference.strata is not None:  # a perturbation is as sure as the controls of its own strata are many
+            _, within = _mean_var(*(x[k:] for x in of_side))
+            dof = np.maximum(cells - 1, 0)
+            pooled = dof @ np.nan_to_num(within) / dof.sum() if dof.any() else base_var[0]
+            own = share[:, [int(s) for s in controls]] ** 2 @ (1 / cells)
+            moments["base_square"] = own[:, None] * pooled
         halves.append(_Half(reference, rows[side], moments))
     return _Halves(*halves)
 
@@ -408,7 +414,7 @@ def _padj(half: Reference) -> np.ndarray:
     from scipy.stats import t as student
 
     n, c = half.n_cells[:, None].astype(float), float(len(half.rows[half.control]))
-    a, b = half.var / n, half._moments["control_var"] / c
+    a, b = half.var / n, half._moments.get("base_square", half._moments["control_var"] / c)
     with np.errstate(invalid="ignore", divide="ignore"):
         t = (half.mean - half.control_mean) / np.sqrt(a + b)
         df = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (c - 1))
