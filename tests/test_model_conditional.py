@@ -107,5 +107,6 @@ def test_bad_options(screen):
         CPA(screen, n_latent=0)
     with pytest.raises(ScpertError, match="adversary_weight"):
         CPA(screen, adversary_weight=-1.0)
+    ConditionalVAE.setup_anndata(screen)
     with pytest.raises(ScpertError, match="whole number"):
         ConditionalVAE(screen, n_hidden=2.5)
