@@ -17,7 +17,7 @@ from .._checks import check_choice, listing
 from ..data import parse
 from ..data._effects import perturbation_sign, std_errors_of, strata_of
 from ..errors import ScaleError, ScpertError
-from ._effects import SENSITIVITY, effects_of_cells, sensitivity, table_spread, welch
+from ._effects import SENSITIVITY, cells_behind, effects_of_cells, sensitivity, table_spread, welch
 from ._grn import Scores, prior_factor, weighted_bh
 from ._grn_carriers import carrier_weights, weighted_effects
 
@@ -118,8 +118,7 @@ def total_effects(problem: Problem, *, composition: bool = True, carriers: bool 
     shift, error, noise, freedom = _table_effects(problem)
     offset = offset_error = np.zeros(len(shift))
     table = screen.adata
-    if composition and "effects" in table.uns and SENSITIVITY in table.var and K.STD_ERROR in table.layers:
-        # of perturbation_effects
+    if composition and cells_behind(table) is not None and SENSITIVITY in table.var and K.STD_ERROR in table.layers:
         offset, offset_error = without_composition(shift, error, np.asarray(table.var[SENSITIVITY], dtype=np.float64))
     zscore, _ = welch(shift, error, np.inf)
     _, pvals = welch(shift, noise, np.broadcast_to(freedom[:, None], shift.shape))
