@@ -491,6 +491,10 @@ def test_combinations_of_another_batch(caplog):
     assert (pooled[["c1", "c2"]] - expected).abs().max().max() > 0.5
     assert within["class"].to_dict() == {"A+B": "additive", "C+D": "suppression", "E+F": "synergy"}
     assert (within["model_fit"] > pooled["model_fit"] + 0.2).all()
+    effects = scpert.tl.perturbation_effects(adata, covariate_keys="batch")
+    shifts = _Shifts(Screen(adata), (adata.obs["batch"] == "y").to_numpy().astype(int), 0, 0)
+    for label in effects.obs_names:
+        np.testing.assert_allclose(shifts.shift(label), effects[label].X.ravel(), atol=1e-9)
     with pytest.raises(ScpertError, match="fewer than two control cells"):
         scpert.tl.genetic_interactions(adata[150:].copy(), covariate_keys="batch", n_boot=0)
 
